@@ -1,0 +1,70 @@
+# The developer's menu. `make serve` and `make test` do all the set-up on a fresh machine.
+PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.10 python3,$(if $(shell command -v $(p)),$(p))))
+VENV   := .venv
+BIN    := $(VENV)/bin
+PORT   ?= 8000
+HOST   ?= 127.0.0.1
+
+# Which torch: empty takes PyPI's own build (CUDA on Linux); TORCH_BACKEND=cpu takes the small CPU build, =auto looks.
+TORCH_BACKEND ?=
+UV      = $(BIN)/uv pip install --quiet $(if $(TORCH_BACKEND),--torch-backend $(TORCH_BACKEND))
+
+# uv does not read pip's configuration: hand over local wheel folders that pip is told about.
+empty :=
+comma := ,
+export UV_FIND_LINKS ?= $(subst $(empty) $(empty),$(comma),$(strip $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))))
+export MSHUB_HOME ?= $(CURDIR)/.mshub
+
+.PHONY: help serve test check format table samples lock clean
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(BIN)/uv:
+	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 10) <= sys.version_info[:2] <= (3, 12) else "MSHub needs Python 3.10 to 3.12, found " + sys.version.split()[0] + ": run make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.8
+
+$(VENV)/.installed: requirements.txt pyproject.toml | $(BIN)/uv
+	@echo "Installing MSHub into $(VENV) ..."
+	$(UV) --requirements requirements.txt
+	$(UV) --no-deps --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
+	$(UV) --requirements requirements-dev.txt
+	@touch $@
+
+serve: $(VENV)/.installed  ## install and start the server on a working copy of the sample data
+	$(BIN)/mshub serve --sample --host $(HOST) --port $(PORT)
+
+test: $(VENV)/.installed-dev  ## the whole test suite
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.installed-dev  ## lint, formatting, types, generated files
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python bench/model_table.py --check
+	$(BIN)/python sample-data/generate.py --check
+
+format: $(VENV)/.installed-dev  ## let ruff format and fix what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+table: $(VENV)/.installed  ## write the model table of README.md from the cards
+	$(BIN)/python bench/model_table.py
+
+samples: $(VENV)/.installed  ## rebuild sample-data/ (phantoms only; bench/train_starter.py trains the model)
+	$(BIN)/python sample-data/generate.py
+
+# torch's own CUDA packages are left out, so that one file serves CPU and GPU: torch brings what its build needs.
+lock: $(BIN)/uv  ## resolve requirements*.in into requirements*.txt
+	UV_FIND_LINKS= $(BIN)/uv pip compile --quiet --universal --python-version 3.10 --no-annotate --no-header requirements.in \
+	  | grep -vE '^(nvidia-|cuda-|triton)' > requirements.tmp
+	mv requirements.tmp requirements.txt
+	UV_FIND_LINKS= $(BIN)/uv pip compile --quiet --universal --python-version 3.10 --no-annotate --no-header requirements-dev.in \
+	  | grep -vE '^(nvidia-|cuda-|triton)' > requirements.tmp
+	mv requirements.tmp requirements-dev.txt
+
+clean:  ## remove the virtual environment and the server's working state
+	rm -rf $(VENV) .mshub

@@ -1,0 +1,1 @@
+"""The MONAI Label app: the only code that knows MONAI Label."""

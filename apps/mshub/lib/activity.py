@@ -1,0 +1,79 @@
+"""What the server is computing right now, for `GET /mshub/status` and the log."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+LOG_EVERY_S = 5.0
+
+
+class Run:
+    """One running prediction."""
+
+    def __init__(self, number: int, model: str, image: str) -> None:
+        self.number, self.model, self.image = number, model, image
+        self.done, self.total = 0, 0
+        self._started = self._logged = time.monotonic()
+
+    def progress(self, done: int, total: int) -> None:
+        """Take note of tiles done and in all; told to the log every few seconds."""
+        self.done, self.total = done, total
+        now = time.monotonic()
+        if now - self._logged >= LOG_EVERY_S or done == total:
+            self._logged = now
+            logger.info("%s: tile %d of %d, %.0f s", self.model, done, total, now - self._started)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the run for a client; `seconds_left` is None until the first tile is done."""
+        seconds = time.monotonic() - self._started
+        left = seconds / self.done * (self.total - self.done) if self.done else None
+        return {
+            "id": self.number,
+            "model": self.model,
+            "image": self.image,
+            "tiles_done": self.done,
+            "tiles_total": self.total,
+            "seconds": round(seconds, 1),
+            "seconds_left": None if left is None else round(left, 1),
+        }
+
+
+class Activity:
+    """All running predictions, and how many ended how."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._numbers = itertools.count(1)
+        self._runs: dict[int, Run] = {}
+        self.finished = self.failed = 0
+
+    @contextmanager
+    def run(self, model: str, image: str) -> Iterator[Run]:
+        """Register a prediction for as long as the block runs."""
+        with self._lock:
+            run = Run(next(self._numbers), model, image)
+            self._runs[run.number] = run
+        try:
+            yield run
+        except BaseException:
+            self.failed += 1
+            raise
+        else:
+            self.finished += 1
+        finally:
+            with self._lock:
+                del self._runs[run.number]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return running predictions, oldest first, and the counts."""
+        with self._lock:
+            running = [run.as_dict() for run in self._runs.values()]
+        return {"running": running, "finished": self.finished, "failed": self.failed}

@@ -1,0 +1,185 @@
+"""The MSHub app: every installed nnU-Net model a MONAI Label task."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from fastapi import HTTPException
+from monailabel.config import settings
+from monailabel.interfaces.app import MONAILabelApp
+from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
+from monailabel.interfaces.tasks.strategy import Strategy
+
+import mshub
+from lib.activelearning import Random
+from lib.activity import Activity
+from lib.conf import Config
+from lib.datastore import StudiesFolder
+from lib.faults import as_http_errors, not_found
+from lib.infers import NNUNetInferTask
+from mshub.nnunet.predictor import NetworkCache
+from mshub.store import ModelStore
+
+logger = logging.getLogger(__name__)
+
+DESCRIPTION = "nnU-Net models for automatic segmentation, fine-tuning and active learning. For research use."
+
+
+class MSHubApp(MONAILabelApp):  # type: ignore[misc]
+    """MONAI Label's app interface, filled from the model store.
+
+    Parameters
+    ----------
+    app_dir : str
+        This app's folder.
+    studies : str
+        A folder of images, or the address of a DICOMweb server.
+    conf : dict
+        ``--conf`` pairs: see `lib.conf.Config`.
+    """
+
+    def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
+        self.config = Config.parse(conf or {})
+        self.store = ModelStore(self.config.home)
+        self.cache = NetworkCache(int(self.config.cache_gb * 2**30))
+        self.activity = Activity()
+        self._infers: dict[str, NNUNetInferTask] = {}
+        os.environ.setdefault("PYTHONPATH", app_dir)  # MONAI Label's background tasks read it without a default
+        super().__init__(
+            app_dir,
+            studies,
+            conf,
+            name=f"MSHub {mshub.__version__}",
+            description=DESCRIPTION,
+            version=mshub.__version__,
+        )
+        # MONAI Label would start a process per scoring method at every next_sample.
+        self._auto_update_scoring = False
+        logger.info("MSHub %s; models in %s: %s", mshub.__version__, self.store.home, ", ".join(self._infers) or "none")
+        missing = sorted(set(self.config.models) - set(self._infers))
+        if missing:
+            logger.warning("not installed, so not served: %s", ", ".join(missing))
+
+    # -- what there is ------------------------------------------------------------------------------------------
+
+    def init_datastore(self) -> Datastore:
+        """Return the studies folder; addresses are left to MONAI Label."""
+        if "://" in self.studies:
+            return super().init_datastore()
+        return StudiesFolder(
+            self.studies,
+            auto_reload=settings.MONAI_LABEL_DATASTORE_AUTO_RELOAD,
+            read_only=settings.MONAI_LABEL_DATASTORE_READ_ONLY,
+        )
+
+    def init_infers(self) -> dict[str, NNUNetInferTask]:
+        """Return one task per installed model."""
+        return {model: self._infer_task(model) for model in self._served()}
+
+    def init_strategies(self) -> dict[str, Strategy]:
+        """Return the strategies by name; clients rely on ``random``."""
+        return {"random": Random()}
+
+    def info(self) -> dict[str, Any]:
+        """Return what clients read first; models added or removed since are taken in."""
+        self._refresh()
+        info: dict[str, Any] = super().info()
+        return info
+
+    def status(self) -> dict[str, Any]:
+        """Return what the server is doing, for people and scripts."""
+        return {
+            "version": mshub.__version__,
+            "home": str(self.store.home),
+            "models": {model: self.store.current(model).version for model in self._served()},
+            "loaded": [str(Path(path).relative_to(self.store.home)) for path in self.cache.loaded()],
+            **self.activity.as_dict(),
+        }
+
+    def _served(self) -> list[str]:
+        installed = self.store.installed()
+        return [model for model in installed if not self.config.models or model in self.config.models]
+
+    def _refresh(self) -> None:
+        """Take in models installed or removed since; tasks that exist keep their open model."""
+        self._infers = {model: self._infers.get(model) or self._infer_task(model) for model in self._served()}
+
+    def _infer_task(self, model: str) -> NNUNetInferTask:
+        return NNUNetInferTask(model, self.store, self.cache, self.config, self.activity)
+
+    # -- what it does -------------------------------------------------------------------------------------------
+
+    def infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
+        """Segment one image; see `NNUNetInferTask` for the request.
+
+        MONAI Label's own method takes any path that exists for an image and the working directory for a missing one;
+        here an image is an id of the datastore, a session's image or a file uploaded with this request.
+
+        Raises
+        ------
+        fastapi.HTTPException
+            404 for an unknown model or image; 4xx from the task.
+        """
+        datastore = datastore or self.datastore()
+        task = self._task(request.get("model"))
+        request = {**copy.deepcopy(request), **self._case(request, datastore)}
+        path, params = task(request)
+        label = path
+        if request.get("save_label") and request["image_id"]:
+            tag = request.get("label_tag") or DefaultLabelTag.ORIGINAL.value
+            label = datastore.save_label(request["image_id"], path, tag, {"model": task.model_id, "params": params})
+        return {"label": label, "tag": DefaultLabelTag.ORIGINAL.value, "file": path, "params": params}
+
+    def next_sample(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Return the next case to label; 404 for an unknown strategy."""
+        strategy = request.get("strategy") or "random"
+        if strategy not in self._strategies:
+            raise not_found("strategy", str(strategy), sorted(self._strategies))
+        sample: dict[str, Any] = super().next_sample(request)
+        return sample
+
+    def _task(self, model: Any) -> NNUNetInferTask:
+        self._refresh()
+        if model not in self._infers:
+            if model in self.store.catalogue() and model not in self.store.installed():
+                with as_http_errors():
+                    self.store.current(model)  # raises, and says how to install it
+            raise not_found("model", str(model), sorted(self._infers))
+        return self._infers[model]
+
+    def _case(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any]:
+        """Return ``image_id`` (empty for an upload), ``image`` and ``channels`` (paths) of the requested case."""
+        image = request.get("image")
+        if not isinstance(image, str) or not image:
+            raise HTTPException(400, "The request names no image: send an image id, a session id or a file.")
+        if request.get("session") or _is_upload(image):
+            return {"image_id": "", "image": image, "channels": _files_of(Path(image))}
+        if not isinstance(datastore, StudiesFolder):
+            uri = datastore.get_image_uri(image)
+            return {"image_id": image, "image": uri, "channels": [uri]}
+        if image not in datastore.list_images():
+            raise not_found("image", image, sorted(datastore.list_images()))
+        channels = [str(path) for path in datastore.channels(image)]
+        return {"image_id": image, "image": channels[0], "channels": channels}
+
+
+def _is_upload(image: str) -> bool:
+    """Return whether `image` is the temporary file MONAI Label made of a file sent with the request."""
+    path = Path(image)
+    return (
+        path.is_absolute()
+        and path.parent == Path(tempfile.gettempdir())
+        and path.name.startswith("tmp")
+        and path.is_file()
+    )
+
+
+def _files_of(path: Path) -> list[str]:
+    """Return the channels of an upload: the volumes of a folder by name, or the file or DICOM folder itself."""
+    volumes = sorted(str(file) for file in path.glob("*.n*") if file.is_file()) if path.is_dir() else []
+    return volumes or [str(path)]

@@ -1,0 +1,30 @@
+"""Turn errors into HTTP answers with a status, a code and a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from fastapi import HTTPException
+
+from mshub.errors import MSHubError
+
+
+def http_error(error: MSHubError) -> HTTPException:
+    """Return the answer for an error of ours; its text is written for the user."""
+    return HTTPException(status_code=error.http_status, detail=str(error), headers={"X-MSHub-Error": error.code})
+
+
+@contextmanager
+def as_http_errors() -> Iterator[None]:
+    """Translate `MSHubError` raised in the block; everything else passes through."""
+    try:
+        yield
+    except MSHubError as error:
+        raise http_error(error) from error
+
+
+def not_found(what: str, name: str, known: list[str]) -> HTTPException:
+    """Return a 404 that names what was asked for and some of what there is."""
+    some = ", ".join(known[:10]) + (f" and {len(known) - 10} more" if len(known) > 10 else "")
+    return HTTPException(status_code=404, detail=f"There is no {what} {name!r} here. Known: {some or 'none'}.")

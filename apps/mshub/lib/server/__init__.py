@@ -1,0 +1,1 @@
+"""The HTTP layer around MONAI Label's own FastAPI app."""

@@ -1,0 +1,108 @@
+"""MONAI Label's FastAPI app with our routes and error answers: ``start_server --uvicorn_app lib.server.asgi:app``."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Annotated, Any
+
+from fastapi import BackgroundTasks, Depends, File, Form, HTTPException, Request, UploadFile
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from monailabel.app import app
+from monailabel.config import settings
+from monailabel.endpoints.infer import ResultType, run_inference
+from monailabel.endpoints.user.auth import RBAC, User
+from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoundException, MONAILabelException
+from monailabel.interfaces.utils.app import app_instance
+
+from mshub.errors import MSHubError
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["app"]
+
+
+def infer(
+    background_tasks: BackgroundTasks,
+    user: Annotated[User, Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER))],
+    model: str,
+    image: str = "",
+    session_id: str = "",
+    params: Annotated[str, Form()] = "{}",
+    file: Annotated[UploadFile | None, File()] = None,
+    label: Annotated[UploadFile | None, File()] = None,
+    output: ResultType | None = None,
+) -> Any:
+    """Run a model; a plain function, so that Starlette runs it in a thread and the server keeps answering."""
+    options = _json_object(params, "params")
+    unsafe = sorted(options.keys() & {"image", "model", "session", "channels", "image_id"})
+    if unsafe:
+        raise HTTPException(400, f"params may not set {', '.join(unsafe)}: use the query parameters of /infer.")
+    if not (image or session_id or file):
+        raise HTTPException(400, "The request names no image: add ?image=ID, ?session_id=ID or a file.")
+    if not file and not session_id and image.startswith(("/", "\\", ".")):
+        raise HTTPException(404, f"There is no image {image!r} in the datastore.")
+    if session_id and not _session_exists(session_id):
+        raise HTTPException(404, f"The session {session_id!r} does not exist or has expired; create it again.")
+    return run_inference(background_tasks, model, image, session_id, json.dumps(options), file, label, output)
+
+
+def status() -> dict[str, Any]:
+    """Return the server's version, models and running predictions."""
+    return dict(app_instance().status())
+
+
+def _session_exists(session_id: str) -> bool:
+    sessions = app_instance().sessions()
+    return sessions is not None and session_id.replace("-", "").isalnum() and bool(sessions.get_session(session_id))
+
+
+def _json_object(text: str, what: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text or "{}")
+    except json.JSONDecodeError as error:
+        raise HTTPException(400, f"{what} is not valid JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise HTTPException(400, f"{what} is a JSON {type(content).__name__}; expected an object.")
+    return content
+
+
+def _answer(status_code: int, detail: str) -> JSONResponse:
+    return JSONResponse({"detail": detail}, status_code=status_code)
+
+
+async def _on_our_error(request: Request, error: Exception) -> JSONResponse:
+    status_code = error.http_status if isinstance(error, MSHubError) else 500
+    return _answer(status_code, str(error))
+
+
+async def _on_bad_json(request: Request, error: Exception) -> JSONResponse:
+    return _answer(400, f"The request holds invalid JSON: {error}.")
+
+
+async def _on_not_found(request: Request, error: Exception) -> JSONResponse:
+    return _answer(404, str(error))
+
+
+async def _on_monailabel_error(request: Request, error: Exception) -> JSONResponse:
+    return _answer(400, str(getattr(error, "msg", error)))
+
+
+async def _on_surprise(request: Request, error: Exception) -> JSONResponse:
+    """Answer what nobody foresaw; the trace is in the log, under the same words."""
+    return _answer(500, f"{request.method} {request.url.path} failed ({type(error).__name__}); see the server's log.")
+
+
+def _extend(api: Any) -> None:
+    api.router.routes.insert(0, APIRoute("/infer/{model}", infer, methods=["POST"], tags=["Infer"]))
+    api.router.routes.insert(0, APIRoute("/mshub/status", status, methods=["GET"], tags=["MSHub"]))
+    api.add_exception_handler(MSHubError, _on_our_error)
+    api.add_exception_handler(json.JSONDecodeError, _on_bad_json)
+    api.add_exception_handler(ImageNotFoundException, _on_not_found)
+    api.add_exception_handler(LabelNotFoundException, _on_not_found)
+    api.add_exception_handler(MONAILabelException, _on_monailabel_error)
+    api.add_exception_handler(Exception, _on_surprise)
+
+
+_extend(app)

@@ -1,0 +1,421 @@
+"""The command line: ``mshub list | show | add | fetch | verify | predict | versions | promote | rollback | serve``.
+
+Commands import what they need when they run: ``mshub list`` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.table import Table
+
+import mshub
+from mshub.catalogue import ModelCard
+from mshub.errors import ConfigError, MSHubError
+from mshub.store import ModelStore, ModelVersion
+
+app = typer.Typer(
+    help="nnU-Net models for OHIF and 3D Slicer: install them, predict with them, serve them. For research use.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+
+ModelId = Annotated[str, typer.Argument(metavar="ID", help="Model id; see `mshub list`.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def main() -> None:
+    """Run the command line; errors of ours are one sentence on stderr and exit code 1."""
+    try:
+        app()
+    except MSHubError as error:
+        err.print(f"[bold red]mshub:[/] {escape(str(error))}", soft_wrap=True)
+        sys.exit(1)
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, help="Log more, to stderr.")] = 0,
+) -> None:
+    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
+    logging.basicConfig(level=level, format="%(message)s", handlers=[RichHandler(console=err, show_path=False)])
+    if version:
+        out.print(f"mshub {mshub.__version__}")
+        raise typer.Exit
+
+
+# -- the catalogue and the store --------------------------------------------------------------------------------------
+
+
+@app.command("list")
+def list_models(as_json: AsJson = False) -> None:
+    """List all models: what they see, how well, and whether they are installed here."""
+    store = ModelStore()
+    rows = [_summary(card, store) for card in store.catalogue()]
+    if as_json:
+        _print_json(rows)
+        return
+    table = Table(title=f"Models ({store.home})", title_justify="left")
+    for heading in ("id", "title", "modality", "scans", "DSC", "weights", "installed"):
+        table.add_column(heading, overflow="fold", no_wrap=heading != "title")
+    for row in rows:
+        dsc = "" if row["dsc"] is None else f"{row['dsc']:.2f}"
+        installed = f"[green]{row['version']}[/]" if row["installed"] else ""
+        table.add_row(
+            row["id"], row["title"], row["modality"], row["training_scans"] or "", dsc, row["status"], installed
+        )
+    out.print(table)
+
+
+@app.command()
+def show(model_id: ModelId, as_json: AsJson = False) -> None:
+    """Show everything known about one model."""
+    store = ModelStore()
+    card = store.catalogue().get(model_id)
+    facts = {**card.model_dump(mode="json", exclude_none=True), **_summary(card, store)}
+    if facts["installed"]:
+        record = store.current(model_id).record
+        facts.update(
+            {key: record[key] for key in ("channels", "configuration", "folds", "trainer", "origin", "created")}
+        )
+    if as_json:
+        _print_json(facts)
+        return
+    table = Table(show_header=False, title=escape(card.title), title_justify="left")
+    for key, value in facts.items():
+        if value not in (None, [], {}, ""):
+            table.add_row(f"[bold]{key}[/]", escape(_readable(value)))
+    out.print(table)
+
+
+@app.command()
+def add(
+    model_id: ModelId,
+    path: Annotated[Path, typer.Argument(help="Folder or zip that holds an nnU-Net v2 model.", show_default=False)],
+    card: Annotated[Path | None, typer.Option(help="Card (TOML) of your own model.")] = None,
+    root: Annotated[str | None, typer.Option(help="Which model inside PATH, where there are several.")] = None,
+) -> None:
+    """Install a model from a folder or zip; an id that is not in the catalogue makes it your own model."""
+    from mshub.install import add_model
+
+    _report_installed(add_model(ModelStore(), model_id, path, card_path=card, root=root))
+
+
+@app.command()
+def fetch(model_id: ModelId) -> None:
+    """Download a model's weights and install them."""
+    from mshub.install import fetch_model
+
+    with _bytes_progress() as progress:
+        task = progress.add_task(model_id, total=None)
+        version = fetch_model(
+            ModelStore(), model_id, lambda done, total: progress.update(task, completed=done, total=total)
+        )
+    _report_installed(version)
+
+
+@app.command()
+def verify(
+    model_id: ModelId, version: Annotated[str | None, typer.Option(help="Default: the current one.")] = None
+) -> None:
+    """Compare an installed model with the checksums recorded when it was installed."""
+    checked = ModelStore().verify(model_id, version)
+    out.print(f"{checked.model_id} {checked.version}: all {len(checked.record['files'])} files are as installed.")
+
+
+@app.command()
+def versions(model_id: ModelId, as_json: AsJson = False) -> None:
+    """List the installed versions of a model; the current one serves."""
+    store = ModelStore()
+    current = store.current(model_id).version
+    rows = [
+        {
+            "version": version.version,
+            "current": version.version == current,
+            "created": version.record["created"],
+            "parent": version.record["parent"],
+            "origin": version.record["origin"],
+        }
+        for version in store.versions(model_id)
+    ]
+    if as_json:
+        _print_json(rows)
+        return
+    table = Table("version", "current", "created", "parent", "origin")
+    for row in rows:
+        table.add_row(
+            str(row["version"]),
+            "*" if row["current"] else "",
+            str(row["created"]),
+            str(row["parent"] or ""),
+            escape(_readable(row["origin"])),
+        )
+    out.print(table)
+
+
+@app.command()
+def promote(
+    model_id: ModelId,
+    version: Annotated[str, typer.Argument(help="Version to serve, such as v2.", show_default=False)],
+    reason: Annotated[str, typer.Option(help="Why; kept in the model's history.")] = "promoted by hand",
+) -> None:
+    """Make a version the current one; a running server switches with its next request."""
+    chosen = ModelStore().promote(model_id, version, reason)
+    out.print(f"{model_id} now serves {chosen.version}.")
+
+
+@app.command()
+def rollback(model_id: ModelId) -> None:
+    """Go back to the version that served before the last promotion."""
+    chosen = ModelStore().rollback(model_id)
+    out.print(f"{model_id} now serves {chosen.version} again.")
+
+
+# -- prediction -------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def predict(
+    model_id: ModelId,
+    images: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="IMAGE...", help="NIfTI, NRRD, MetaImage or DICOM folder; one per channel, in the model's order."
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Label file (.nii.gz, .nii, .nrrd) or a folder for it.")
+    ],
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1...")] = "auto",
+    profile: Annotated[
+        str, typer.Option(help="accurate (nnU-Net's own settings) or fast (no mirroring).")
+    ] = "accurate",
+    folds: Annotated[str, typer.Option(help="Comma-separated; default: all the model has.")] = "",
+) -> None:
+    """Segment one case and write the label on the image's own grid."""
+    from mshub.nnunet.folder import ModelFolder
+    from mshub.nnunet.predictor import PROFILES, NetworkCache, NNUNetPredictor, PredictOptions
+    from mshub.volume_io import write_volume
+
+    if profile not in PROFILES:
+        raise ConfigError(f"The profile {profile!r} is unknown: expected one of {', '.join(PROFILES)}.")
+    version = ModelStore().current(model_id)
+    target = _label_path(output, images[0])
+    options = PredictOptions(
+        PROFILES[profile],
+        tuple(fold.strip() for fold in folds.split(",") if fold.strip()),
+        device,
+        version.card.input_clip,
+    )
+    with _tile_progress() as progress:
+        task = progress.add_task(f"{model_id} {version.version}", total=None)
+        predictor = NNUNetPredictor(ModelFolder.open(version.model_path), NetworkCache())
+        prediction = predictor.predict(
+            images, options, lambda done, total: progress.update(task, completed=done, total=total)
+        )
+    write_volume(target, prediction.labels.array_xyz, prediction.labels.grid)
+    _report_prediction(prediction, target)
+
+
+def _label_path(output: Path, image: Path) -> Path:
+    """Return the file to write; checked before anything is computed."""
+    endings = (".nii.gz", ".nii", ".nrrd")
+    if output.is_dir():
+        stem = image.name
+        for ending in (*endings, ".mha", ".mhd"):
+            stem = stem.removesuffix(ending)
+        return output / f"{stem}_label.nii.gz"
+    if not output.name.endswith(endings):
+        raise ConfigError(f"-o {output} is neither an existing folder nor a file ending in {', '.join(endings)}.")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    return output
+
+
+def _report_prediction(prediction: Any, target: Path) -> None:
+    millilitres = float(abs(_determinant(prediction.labels.grid.affine_ras))) / 1000.0
+    table = Table("value", "structure", "voxels", "ml")
+    for name, voxels in prediction.voxel_counts().items():
+        table.add_row(str(prediction.names[name]), escape(name), f"{voxels}", f"{voxels * millilitres:.1f}")
+    out.print(table)
+    seconds = ", ".join(f"{stage} {value:.1f} s" for stage, value in prediction.seconds.items())
+    out.print(f"{escape(str(target))}  ({seconds}; {prediction.provenance['device']})", soft_wrap=True)
+
+
+def _determinant(affine: Any) -> Any:
+    import numpy as np
+
+    return np.linalg.det(affine[:3, :3])
+
+
+# -- the server -------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def serve(
+    studies: Annotated[str | None, typer.Option(help="Folder of images, or address of a DICOMweb server.")] = None,
+    sample: Annotated[bool, typer.Option("--sample", help="Serve a working copy of the sample data.")] = False,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for the whole network.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
+    conf: Annotated[list[str] | None, typer.Option(help="KEY=VALUE option of the app; repeatable.")] = None,
+) -> None:
+    """Start the MONAI Label server with all installed models."""
+    from mshub.serve import run_server, server_command, server_environment
+
+    if (studies is None) == (not sample):
+        raise ConfigError("Say what to serve: either --studies DIR (or a DICOMweb address) or --sample.")
+    store = ModelStore()
+    folder = _prepare_samples(store) if sample else _studies(str(studies))
+    command = server_command(folder, host, port, _pairs(conf or []))
+    _announce(store, folder, host, port)
+    raise typer.Exit(run_server(command, server_environment(store.home)))
+
+
+def _prepare_samples(store: ModelStore) -> str:
+    from mshub.bundled import copy_samples
+
+    if "starter" not in store.installed():
+        from mshub.install import fetch_model
+
+        fetch_model(store, "starter")
+    folder = store.home / "sample-studies"
+    copy_samples(folder)
+    return str(folder)
+
+
+def _studies(studies: str) -> str:
+    if "://" in studies:
+        return studies
+    if not Path(studies).is_dir():
+        raise ConfigError(
+            f"--studies {studies} is no folder. Create it, put NIfTI, NRRD or MetaImage files in it, try again."
+        )
+    return str(Path(studies).resolve())
+
+
+def _pairs(conf: list[str]) -> dict[str, str]:
+    wrong = [item for item in conf if "=" not in item]
+    if wrong:
+        raise ConfigError(f"--conf {wrong[0]} has no value; expected KEY=VALUE, such as --conf device=cpu.")
+    return dict(item.split("=", 1) for item in conf)
+
+
+def _announce(store: ModelStore, studies: str, host: str, port: int) -> None:
+    url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+    models = store.installed()
+    out.print(f"[bold]MSHub {mshub.__version__}[/] serves {escape(studies)}", soft_wrap=True)
+    out.print(
+        f"  models           {', '.join(models) or 'none installed yet: see `mshub list`, `mshub add`'}", soft_wrap=True
+    )
+    out.print(f"  3D Slicer        MONAI Label module, server address [cyan]{url}[/]")
+    out.print(
+        f"  OHIF viewer      [cyan]{url}/ohif/[/]  (shows DICOM: needs --studies DICOMWEB-ADDRESS)", soft_wrap=True
+    )
+    out.print(f"  API and status   [cyan]{url}/[/]  [cyan]{url}/mshub/status[/]")
+    example = next(iter(sorted(Path(studies).glob("*.nii.gz"))), None) if "://" not in studies else None
+    if models and example:
+        out.print(
+            f"  in a terminal    {_this_command()} predict {models[0]} {escape(_near(example))} -o label.nii.gz",
+            soft_wrap=True,
+        )
+    if host not in ("127.0.0.1", "localhost", "::1"):
+        out.print(
+            "[bold yellow]  There is no login yet: anyone who reaches this address can read the images and change "
+            "labels. Keep it inside a trusted network.[/]",
+            soft_wrap=True,
+        )
+    out.print("  Starting takes half a minute; stop with Ctrl+C.")
+
+
+def _this_command() -> str:
+    """Return how to run this program again: with its path and the store it used, so that a pasted line works."""
+    home = os.environ.get("MSHUB_HOME")
+    program = Path(sys.argv[0])
+    on_path = shutil.which("mshub") == str(program)
+    return (f"MSHUB_HOME={shlex.quote(_near(Path(home)))} " if home else "") + (
+        "mshub" if on_path else shlex.quote(_near(program))
+    )
+
+
+def _near(path: Path) -> str:
+    """Return `path` as seen from the working directory where it is inside it."""
+    absolute = path.absolute()
+    return str(absolute.relative_to(Path.cwd()) if absolute.is_relative_to(Path.cwd()) else absolute)
+
+
+# -- shared -----------------------------------------------------------------------------------------------------------
+
+
+def _summary(card: ModelCard, store: ModelStore) -> dict[str, Any]:
+    current = store.current(card.id) if card.id in store.installed() else None
+    return {
+        "id": card.id,
+        "title": card.title,
+        "modality": card.modality,
+        "target": card.target,
+        "status": card.status,
+        "training_scans": card.training_scans,
+        "dsc": card.dsc,
+        "installed": current is not None,
+        "version": current.version if current else None,
+        "labels": list(current.record["labels"]) if current else list(card.labels or ()),
+    }
+
+
+def _report_installed(version: ModelVersion) -> None:
+    names = ", ".join(version.record["labels"])
+    out.print(f"[green]{version.model_id} {version.version}[/] is installed: {escape(names)}.", soft_wrap=True)
+    if version.version != ModelStore().current(version.model_id).version:
+        out.print(f"Another version is serving; switch with `mshub promote {version.model_id} {version.version}`.")
+
+
+def _readable(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {item}" for key, item in value.items())
+    if isinstance(value, list):
+        return "\n".join(map(_readable, value)) if value and isinstance(value[0], dict) else ", ".join(map(str, value))
+    return str(value)
+
+
+def _print_json(content: Any) -> None:
+    sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def _bytes_progress() -> Any:
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=err)
+
+
+def _tile_progress() -> Any:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("tiles"),
+        TimeElapsedColumn(),
+    )
+    return Progress(*columns, console=err)

@@ -1,0 +1,88 @@
+"""Everything MSHub can refuse, as one tree.
+
+::
+
+    MSHubError
+    |-- ConfigError            an option that does not exist or has an impossible value
+    |-- CatalogueError         a model card that cannot be read, or no such model id
+    |-- StoreError             the model store refused
+    |   |-- ChecksumMismatch   bytes differ from the recorded sha256
+    |   |-- ModelNotAvailable  the model is known but not installed here
+    |   `-- DownloadError      the weights could not be fetched
+    |-- ModelFolderError       a folder that is no usable nnU-Net model
+    |-- CaseError              an image that cannot be segmented
+    |   |-- GeometryError      its grid is degenerate, or two grids differ
+    |   `-- ChannelError       the wrong number or kind of channels
+    |-- LabelError             label names or values that do not fit the model
+    |-- PredictionError        the network ran and failed
+    `-- TrainingError          a training could not start or did not finish
+
+Every message says what was found, what was expected, and how to fix it. `code` is a stable, machine-readable name;
+`http_status` is what a server should answer.
+"""
+
+from __future__ import annotations
+
+
+class MSHubError(Exception):
+    """Base of all errors raised on purpose by MSHub."""
+
+    code: str = "error"
+    http_status: int = 400
+
+
+class ConfigError(MSHubError):
+    code = "config"
+
+
+class CatalogueError(MSHubError):
+    code = "catalogue"
+    http_status = 404
+
+
+class StoreError(MSHubError):
+    code = "store"
+
+
+class ChecksumMismatch(StoreError):
+    code = "checksum"
+
+
+class ModelNotAvailable(StoreError):
+    code = "model-not-available"
+    http_status = 404
+
+
+class DownloadError(StoreError):
+    code = "download"
+
+
+class ModelFolderError(MSHubError):
+    code = "model-folder"
+
+
+class CaseError(MSHubError):
+    code = "case"
+    http_status = 422
+
+
+class GeometryError(CaseError):
+    code = "geometry"
+
+
+class ChannelError(CaseError):
+    code = "channels"
+
+
+class LabelError(MSHubError):
+    code = "label"
+    http_status = 422
+
+
+class PredictionError(MSHubError):
+    code = "prediction"
+    http_status = 422
+
+
+class TrainingError(MSHubError):
+    code = "training"

@@ -1,0 +1,143 @@
+"""Bring a model into the store: unpack, inspect, check against its card, publish.
+
+This is the one place where the archive, the card, the nnU-Net folder and the store meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mshub.archive import extract_model
+from mshub.bundled import sample_data
+from mshub.catalogue import Catalogue, ModelCard, draft_card, dump_card, load_card
+from mshub.errors import CatalogueError, LabelError, ModelFolderError, ModelNotAvailable
+from mshub.fetch import fetch_weights
+from mshub.nnunet.folder import ModelFolder
+from mshub.store import ModelStore, ModelVersion
+
+DownloadProgress = Callable[[int, int | None], None]
+"""Called with (bytes so far, bytes in all or None)."""
+
+
+def add_model(
+    store: ModelStore, model_id: str, source: Path, *, card_path: Path | None = None, root: str | None = None
+) -> ModelVersion:
+    """Install a model from a folder or zip.
+
+    Parameters
+    ----------
+    store : ModelStore
+    model_id : str
+        An id of the catalogue, or a new one for a lab's own model.
+    source : Path
+        Folder or zip that holds the nnU-Net model at any sane depth.
+    card_path : Path, optional
+        Card of a lab's own model; drafted from ``dataset.json`` when absent.
+    root : str, optional
+        Which model inside `source`, where there are several.
+
+    Returns
+    -------
+    ModelVersion
+        The installed version; the existing one when the same files are installed already.
+
+    Raises
+    ------
+    CatalogueError, StoreError, ModelFolderError, LabelError
+        Nothing is installed.
+    """
+    known = store.catalogue()
+    card = _chosen_card(known, model_id, card_path)
+    with store.staging() as staging:
+        model = staging / "model"
+        model.mkdir()
+        extract_model(source, model, root=root)
+        folder = ModelFolder.open(model)
+        card = card or draft_card(model_id, folder.dataset)
+        _check_against_card(folder, card)
+        version = store.publish(model_id, model, _record(folder, card, {"how": "added", "from": source.name}))
+    if model_id not in known:
+        store.keep_card(card)
+    return version
+
+
+def fetch_model(store: ModelStore, model_id: str, progress: DownloadProgress | None = None) -> ModelVersion:
+    """Download the weights a card points to, or take those that come with MSHub, and install them.
+
+    A broken download is kept in the store's ``downloads`` folder, for the next try to resume.
+
+    Raises
+    ------
+    ModelNotAvailable
+        The card has no weights to download.
+    DownloadError, ChecksumMismatch
+        They could not be had; see also `add_model`.
+    """
+    card = store.catalogue().get(model_id)
+    if card.weights is None:
+        raise ModelNotAvailable(
+            f"{card.title} is {card.status}: its weights are not published. If you have them, install them with "
+            f"`mshub add {card.id} PATH`."
+        )
+    if card.weights.kind == "bundled":
+        return add_model(store, model_id, sample_data() / f"{model_id}-model")
+    folder = store.home / "downloads" / model_id
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = card.weights
+    archive = fetch_weights(
+        model_id=model_id,
+        kind=weights.kind,
+        locator=str(weights.id or weights.url),
+        sha256=weights.sha256,
+        folder=folder,
+        progress=progress,
+    )
+    return add_model(store, model_id, archive)
+
+
+def _chosen_card(known: Catalogue, model_id: str, card_path: Path | None) -> ModelCard | None:
+    if card_path is None:
+        return known.get(model_id) if model_id in known else None
+    if model_id in known and known.get(model_id).status != "local":
+        raise CatalogueError(
+            f"{model_id} is in MSHub's catalogue and has a card already. Choose another id for your own model."
+        )
+    card = load_card(card_path)
+    if card.id != model_id:
+        raise CatalogueError(f"The card {card_path.name} is for {card.id!r}, not {model_id!r}: make the two agree.")
+    return card
+
+
+def _check_against_card(folder: ModelFolder, card: ModelCard) -> None:
+    if card.labels is not None:
+        try:
+            folder.labels.check_names(card.labels)
+        except LabelError as error:
+            raise LabelError(f"The card of {card.id} and the model's dataset.json disagree. {error}") from error
+    names = tuple(channel.name for channel in card.channels)
+    if names and names != folder.channels:
+        raise ModelFolderError(
+            f"The card of {card.id} names the channels {', '.join(names)}; the model's dataset.json has "
+            f"{', '.join(folder.channels)}. Correct the card, or add the model it describes."
+        )
+    if card.configuration and card.configuration != folder.configuration:
+        raise ModelFolderError(
+            f"The card of {card.id} is for {card.configuration}; these weights are for {folder.configuration}."
+        )
+
+
+def _record(folder: ModelFolder, card: ModelCard, origin: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "origin": dict(origin),
+        "licence": card.licence,
+        "labels": dict(folder.labels.published),
+        "channels": list(folder.channels),
+        "configuration": folder.configuration,
+        "folds": list(folder.folds),
+        "trainer": folder.trainer,
+        "reader": folder.reader,
+        "parent": None,
+        "card": dump_card(card),
+    }

@@ -1,0 +1,164 @@
+"""The network of one model folder on one device: nnU-Net's own pipeline, stage by stage.
+
+Nothing here is safe to call from two threads at once; `mshub.nnunet.predictor.NetworkCache` holds the device's lock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+
+from mshub.errors import ModelFolderError
+from mshub.nnunet.folder import ModelFolder
+
+Progress = Callable[[int, int], None]
+"""Called with (tiles done, tiles in all) while the network runs."""
+
+Array = np.ndarray[Any, Any]
+
+TRUSTED_PACKAGES = ("dynamic_network_architectures.", "torch.nn.")
+
+
+class _SlidingWindow(nnUNetPredictor):  # type: ignore[misc]
+    """nnU-Net's predictor, silent, with its progress told to a callback.
+
+    The parent's constructor prints on CPU and its loader imports trainer classes and unpickles; neither is called.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.verbose = self.verbose_preprocessing = self.allow_tqdm = False
+        self.use_gaussian = self.use_mirroring = True
+        self.tile_step_size = 0.5
+        self.device = device
+        self.perform_everything_on_device = device.type == "cuda"
+        if device.type == "cuda":
+            torch.backends.cudnn.benchmark = True
+        self.start(None)
+
+    def start(self, on_progress: Progress | None) -> None:
+        self._on_progress, self._done, self._total = on_progress, 0, 0
+
+    def _internal_get_sliding_window_slicers(self, image_size: tuple[int, ...]) -> list[Any]:
+        slicers: list[Any] = super()._internal_get_sliding_window_slicers(image_size)
+        self._total = len(slicers) * len(self.list_of_parameters)
+        return slicers
+
+    def _internal_maybe_mirror_and_predict(self, x: torch.Tensor) -> torch.Tensor:
+        prediction: torch.Tensor = super()._internal_maybe_mirror_and_predict(x)
+        self._done += 1
+        if self._on_progress is not None:
+            self._on_progress(self._done, self._total)
+        return prediction
+
+
+class Engine:
+    """The networks of `folds` of one model folder, ready on `device`.
+
+    Attributes
+    ----------
+    nbytes : int
+        Size of the weights of all folds.
+    """
+
+    def __init__(self, folder: ModelFolder, folds: tuple[str, ...], device: torch.device) -> None:
+        self._folder = folder
+        self._plans, self._configuration = folder.plans_manager, folder.configuration_manager
+        parameters = [folder.checkpoint(fold)["network_weights"] for fold in folds]
+        self._window = _SlidingWindow(device)
+        self._window.manual_initialization(
+            _build_network(folder, parameters[0]),
+            self._plans,
+            self._configuration,
+            parameters,
+            folder.dataset,
+            folder.trainer,
+            folder.mirror_axes or None,  # nnU-Net takes the maximum of the axes: an empty tuple must not reach it
+        )
+        self.nbytes = sum(tensor.nbytes for weights in parameters for tensor in weights.values())
+
+    def preprocess(self, data: Array, properties: dict[str, Any]) -> tuple[Array, dict[str, Any]]:
+        """Crop, normalise and resample.
+
+        Parameters
+        ----------
+        data : ndarray, float32, axes (channel, z, y, x)
+            As nnU-Net's reader returns it.
+        properties : dict
+            nnU-Net's properties; needs ``spacing`` (z, y, x in mm).
+
+        Returns
+        -------
+        data : ndarray, float32, axes (channel, *network axes)
+        properties : dict
+            With what `segmentation` needs to go back.
+        """
+        preprocessor = self._configuration.preprocessor_class(verbose=False)
+        prepared, _, properties = preprocessor.run_case_npy(
+            data, None, dict(properties), self._plans, self._configuration, self._folder.dataset
+        )
+        return prepared, properties
+
+    def logits(self, data: Array, *, mirroring: bool, step: float, progress: Progress | None) -> torch.Tensor:
+        """Run the sliding window over all folds; returns half-precision logits, axes (class, *network axes)."""
+        self._window.use_mirroring, self._window.tile_step_size = mirroring, step
+        self._window.start(progress)
+        logits: torch.Tensor = self._window.predict_logits_from_preprocessed_data(
+            torch.from_numpy(data).contiguous().float()
+        )
+        return logits.cpu()
+
+    def segmentation(self, logits: torch.Tensor, properties: dict[str, Any]) -> Array:
+        """Return the label map in nnU-Net's values on the reader's grid, axes (z, y, x)."""
+        segmentation: Array = convert_predicted_logits_to_segmentation_with_correct_shape(
+            logits.numpy(), self._plans, self._configuration, self._window.label_manager, properties
+        )
+        return segmentation
+
+
+def _build_network(folder: ModelFolder, weights: dict[str, Any]) -> torch.nn.Module:
+    """Build the architecture the plans name and load `weights` into it, every tensor accounted for.
+
+    nnU-Net would ask the trainer class for the network; stock trainers return what the plans say, and importing a
+    stranger's trainer is neither safe nor always possible.
+    """
+    configuration = folder.configuration_manager
+    architecture = _checked_architecture(folder)
+    try:
+        network: torch.nn.Module = get_network_from_plans(
+            architecture,
+            configuration.network_arch_init_kwargs,
+            configuration.network_arch_init_kwargs_req_import,
+            determine_num_input_channels(folder.plans_manager, configuration, folder.dataset),
+            folder.plans_manager.get_label_manager(folder.dataset).num_segmentation_heads,
+            deep_supervision=False,
+        )
+        network.load_state_dict(weights)
+    except (ImportError, RuntimeError, TypeError, KeyError, AttributeError) as error:
+        raise ModelFolderError(
+            f"The weights do not fit the architecture in plans.json ({architecture}): "
+            f"{str(error).splitlines()[0]}. The trainer {folder.trainer} probably builds its own network, which MSHub "
+            "does not run."
+        ) from error
+    return network
+
+
+def _checked_architecture(folder: ModelFolder) -> str:
+    """Return the name of the network class, refusing any that is not nnU-Net's own: the plans name what is *called*."""
+    configuration = folder.configuration_manager
+    architecture = str(configuration.network_arch_class_name)
+    arguments = configuration.network_arch_init_kwargs
+    named = [arguments.get(key) for key in configuration.network_arch_init_kwargs_req_import]
+    foreign = [str(name) for name in named if name is not None and not str(name).startswith(TRUSTED_PACKAGES)]
+    if foreign or not architecture.startswith(TRUSTED_PACKAGES):
+        raise ModelFolderError(
+            f"plans.json asks for the custom architecture {', '.join([architecture, *foreign])}. MSHub builds only the "
+            f"networks of {TRUSTED_PACKAGES[0].rstrip('.')}, as nnU-Net itself does by default."
+        )
+    return architecture

@@ -1,0 +1,394 @@
+"""Predict with nnU-Net model folders, equal to nnU-Net voxel for voxel, on the image's own grid.
+
+Concurrency
+-----------
+A `NetworkCache` may be used by any number of threads. Two kinds of lock exist and are always taken in this order:
+
+1. one lock per device, held for the whole time a network computes on it: a device runs one case at a time;
+2. the cache's own lock, held only while its table of networks is read or changed, never while computing.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import nibabel as nib
+import numpy as np
+import torch
+
+from mshub.errors import CaseError, ChannelError, GeometryError, MSHubError, PredictionError
+from mshub.geometry import Volume, check_channels
+from mshub.nnunet.engine import Engine, Progress
+from mshub.nnunet.folder import ModelFolder
+from mshub.volume_io import read_volume, write_nifti
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How thoroughly to predict.
+
+    Attributes
+    ----------
+    mirroring : bool
+        Average over all flips the model allows (test-time augmentation).
+    step : float
+        Distance of neighbouring tiles as a fraction of the tile, in (0, 1].
+    """
+
+    name: str
+    mirroring: bool
+    step: float
+
+
+PROFILES = {
+    profile.name: profile
+    for profile in (
+        Profile("accurate", mirroring=True, step=0.5),  # nnU-Net's own defaults
+        Profile("fast", mirroring=False, step=0.5),
+    )
+}
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """Choices of one prediction.
+
+    Attributes
+    ----------
+    profile : Profile
+        See `PROFILES`.
+    folds : tuple of str
+        Folds to ensemble; empty means every fold the folder has.
+    device : str
+        ``auto``, ``cpu``, ``cuda``, ``cuda:1``...
+    input_clip : tuple of (float, float), optional
+        Intensities, in the image's own units (HU for CT), are truncated to this range before nnU-Net sees them.
+    """
+
+    profile: Profile = PROFILES["accurate"]
+    folds: tuple[str, ...] = ()
+    device: str = "auto"
+    input_clip: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What came out.
+
+    Attributes
+    ----------
+    labels : Volume
+        uint8 (uint16 above 255 structures), axes x, y, z, on the grid of the first input file. Values are the
+        model's published ones: 1..N in the order of `names`, 0 is background.
+    names : dict of str to int
+        Structure name -> value in `labels`, ascending.
+    provenance : dict
+        Model configuration, folds, profile, device.
+    seconds : dict of str to float
+        Wall time per stage.
+    """
+
+    labels: Volume
+    names: dict[str, int]
+    provenance: dict[str, Any]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def voxel_counts(self) -> dict[str, int]:
+        """Return the number of voxels of each structure, absent ones included."""
+        counts = np.bincount(self.labels.array_xyz.reshape(-1), minlength=len(self.names) + 1)
+        return {name: int(counts[value]) for name, value in self.names.items()}
+
+
+class Predictor(Protocol):
+    """Anything that turns the files of one case into a label volume."""
+
+    def predict(
+        self, images: Sequence[Path], options: PredictOptions = ..., progress: Progress | None = ...
+    ) -> Prediction:
+        """Segment one case; see `NNUNetPredictor.predict`."""
+
+
+class NNUNetPredictor:
+    """Predict with one nnU-Net v2 model folder.
+
+    Parameters
+    ----------
+    folder : ModelFolder
+        The model.
+    cache : NetworkCache
+        Where its networks are kept warm; shared between predictors.
+    """
+
+    def __init__(self, folder: ModelFolder, cache: NetworkCache) -> None:
+        self.folder = folder
+        self._cache = cache
+
+    def predict(
+        self,
+        images: Sequence[Path],
+        options: PredictOptions = PredictOptions(),
+        progress: Progress | None = None,
+    ) -> Prediction:
+        """Segment one case.
+
+        Parameters
+        ----------
+        images : sequence of Path
+            One file or DICOM folder per channel, in the order of `ModelFolder.channels`, all on one grid.
+        options : PredictOptions
+            Profile, folds, device.
+        progress : callable, optional
+            Called with (tiles done, tiles in all).
+
+        Returns
+        -------
+        Prediction
+            Never a stand-in: whatever goes wrong is raised.
+
+        Raises
+        ------
+        CaseError, GeometryError, ChannelError
+            The image cannot be segmented by this model.
+        PredictionError
+            The network failed; the message says at which stage.
+        """
+        clock = _Clock()
+        folds = self._check_folds(options.folds)
+        volumes = self._read_channels(images)
+        clock.lap("read")
+        data, properties, reader = self._load_as_nnunet(images, volumes)
+        if options.input_clip is not None:
+            np.clip(data, *options.input_clip, out=data)
+        device = resolve_device(options.device)
+        try:
+            segmentation = self._segment(data, properties, folds, device, options.profile, progress, clock)
+            array_xyz = _to_input_axes(segmentation, properties, reader)
+        except MSHubError:
+            raise
+        except torch.OutOfMemoryError as error:
+            raise PredictionError(
+                f"{device} ran out of memory on an image of {volumes[0].grid.shape_xyz} voxels. "
+                "Choose profile fast, another device, or a smaller image."
+            ) from error
+        except Exception as error:
+            logger.exception("prediction failed")
+            raise PredictionError(
+                f"nnU-Net failed on this image ({type(error).__name__}: {error}). The full trace is in the log."
+            ) from error
+        labels = self._publish(array_xyz, volumes[0])
+        clock.lap("export")
+        return Prediction(
+            labels, dict(self.folder.labels.published), self._provenance(folds, device, options), clock.laps
+        )
+
+    def _check_folds(self, wanted: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = [fold for fold in wanted if fold not in self.folder.folds]
+        if unknown:
+            raise PredictionError(
+                f"Fold {', '.join(unknown)} was asked for; this model has fold {', '.join(self.folder.folds)}."
+            )
+        return wanted or self.folder.folds
+
+    def _read_channels(self, images: Sequence[Path]) -> list[Volume]:
+        names = self.folder.channels
+        if len(images) != len(names):
+            raise ChannelError(
+                f"{len(images)} image file(s) were given; this model needs {len(names)}, in this order: "
+                f"{', '.join(names)}. In a datastore the files of one case are named case_0000, case_0001, ..."
+            )
+        volumes = [read_volume(path) for path in images]
+        check_channels([volume.grid for volume in volumes], names)
+        return volumes
+
+    def _load_as_nnunet(
+        self, images: Sequence[Path], volumes: Sequence[Volume]
+    ) -> tuple[np.ndarray[Any, Any], dict[str, Any], Any]:
+        """Return (channels, z, y, x) float32, nnU-Net's properties and the reader that made them.
+
+        The file itself goes to nnU-Net's reader where that can read it, so that rounding of the spacing is nnU-Net's
+        own; other formats pass through a NIfTI file on the same grid.
+        """
+        reader = self.folder.plans_manager.image_reader_writer_class()
+        with tempfile.TemporaryDirectory(prefix="mshub-") as scratch:
+            paths = [
+                str(_readable_path(path, volume, reader, Path(scratch) / f"{index:04d}.nii"))
+                for index, (path, volume) in enumerate(zip(images, volumes, strict=True))
+            ]
+            data, properties = reader.read_images(paths)
+        return data, properties, reader
+
+    def _segment(
+        self,
+        data: np.ndarray[Any, Any],
+        properties: dict[str, Any],
+        folds: tuple[str, ...],
+        device: torch.device,
+        profile: Profile,
+        progress: Progress | None,
+        clock: _Clock,
+    ) -> np.ndarray[Any, Any]:
+        with self._cache.engine(self.folder, folds, device) as engine:
+            clock.lap("load")
+            prepared, properties = engine.preprocess(data, properties)
+            clock.lap("preprocess")
+            logits = engine.logits(prepared, mirroring=profile.mirroring, step=profile.step, progress=progress)
+            clock.lap("network")
+            return engine.segmentation(logits, properties)
+
+    def _publish(self, array_xyz: np.ndarray[Any, Any], reference: Volume) -> Volume:
+        if array_xyz.shape != reference.grid.shape_xyz:
+            raise GeometryError(
+                f"The segmentation has {array_xyz.shape} voxels, the image {reference.grid.shape_xyz}; nothing is "
+                "returned rather than a shifted mask. Please report this image's header."
+            )
+        return Volume(self.folder.labels.publish(array_xyz), reference.grid)
+
+    def _provenance(self, folds: tuple[str, ...], device: torch.device, options: PredictOptions) -> dict[str, Any]:
+        return {
+            "configuration": self.folder.configuration,
+            "trainer": self.folder.trainer,
+            "folds": list(folds),
+            "profile": options.profile.name,
+            "device": str(device),
+            "input_clip": list(options.input_clip) if options.input_clip else None,
+        }
+
+
+def _readable_path(path: Path, volume: Volume, reader: Any, scratch: Path) -> Path:
+    if path.is_file() and path.name.lower().endswith(tuple(reader.supported_file_endings)):
+        return path
+    write_nifti(scratch, volume.array_xyz, volume.grid)
+    return scratch
+
+
+def _to_input_axes(segmentation: np.ndarray[Any, Any], properties: dict[str, Any], reader: Any) -> np.ndarray[Any, Any]:
+    """Return the segmentation in the index order of the input file, axes x, y, z.
+
+    The reader's own writer undoes whatever reorientation it did when reading.
+    """
+    with tempfile.TemporaryDirectory(prefix="mshub-") as scratch:
+        path = Path(scratch) / "segmentation.nii"
+        reader.write_seg(segmentation, str(path), properties)
+        return np.array(nib.load(path).dataobj)
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the torch device for `name`; what the machine lacks becomes the CPU, as clients send ``cuda`` blindly.
+
+    Raises
+    ------
+    CaseError
+        `name` is no device name.
+    """
+    name = (name or "auto").strip().lower()
+    family = name.split(":")[0]
+    if family not in ("auto", "cpu", "cuda", "gpu"):
+        raise CaseError(f"The device {name!r} is unknown: expected auto, cpu, cuda or cuda:N.")
+    if family == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    index = name.partition(":")[2]
+    if index.isdigit() and int(index) < torch.cuda.device_count():
+        return torch.device("cuda", int(index))
+    return torch.device("cuda", 0)
+
+
+def available_devices() -> list[str]:
+    """Return the names of the devices predictions can run on, the preferred one first."""
+    cuda = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return [*cuda, "cpu"]
+
+
+class _Clock:
+    """Wall time per stage."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = self.laps.get(name, 0.0) + now - self._last
+        self._last = now
+
+
+class _DeviceLease:
+    """Context manager: the device is held while the block runs, and its engine is loaded and ready."""
+
+    def __init__(self, lock: threading.Lock, load: Callable[[], Engine]) -> None:
+        self._lock, self._load = lock, load
+
+    def __enter__(self) -> Engine:
+        self._lock.acquire()
+        try:
+            return self._load()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+_EngineKey = tuple[str, tuple[str, ...], str]
+
+
+class NetworkCache:
+    """Networks kept in memory, the least recently used dropped first when they exceed `max_bytes`.
+
+    Parameters
+    ----------
+    max_bytes : int
+        Budget for the weights of all cached networks; the one in use is always kept.
+    """
+
+    def __init__(self, max_bytes: int = 8 * 2**30) -> None:
+        self._max_bytes = max_bytes
+        self._engines: dict[_EngineKey, Engine] = {}
+        self._lock = threading.Lock()
+        self._device_locks: dict[str, threading.Lock] = {}
+
+    def engine(self, folder: ModelFolder, folds: tuple[str, ...], device: torch.device) -> _DeviceLease:
+        """Wait for `device`, then hold it with the engine of `folder` loaded, until the ``with`` block ends."""
+        with self._lock:
+            lock = self._device_locks.setdefault(str(device), threading.Lock())
+        key = (str(folder.path), folds, str(device))
+        return _DeviceLease(lock, lambda: self._get(key, folder, folds, device))
+
+    def _get(self, key: _EngineKey, folder: ModelFolder, folds: tuple[str, ...], device: torch.device) -> Engine:
+        with self._lock:
+            engine = self._engines.pop(key, None)
+        if engine is None:
+            logger.info("loading %s, fold %s, on %s", folder.path, ",".join(folds), device)
+            engine = Engine(folder, folds, device)
+        with self._lock:
+            self._engines[key] = engine  # re-inserted last: a dict keeps insertion order, oldest first
+            self._evict(keep=key)
+        return engine
+
+    def _evict(self, keep: _EngineKey) -> None:
+        used = sum(engine.nbytes for engine in self._engines.values())
+        for key in [key for key in self._engines if key != keep]:
+            if used <= self._max_bytes:
+                return
+            used -= self._engines.pop(key).nbytes
+            logger.info("dropped %s from memory", key[0])
+
+    def forget(self, path: Path) -> None:
+        """Drop every network of the folder at `path`, after it stopped being the current version."""
+        with self._lock:
+            for key in [key for key in self._engines if key[0] == str(path)]:
+                del self._engines[key]
+
+    def loaded(self) -> list[str]:
+        """Return the model folders in memory, least recently used first."""
+        with self._lock:
+            return list(dict.fromkeys(key[0] for key in self._engines))

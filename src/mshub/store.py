@@ -1,0 +1,311 @@
+"""The models installed on this machine: immutable versions, one of them current.
+
+::
+
+    <MSHUB_HOME>/models/<id>/
+        current            the name of the current version, replaced atomically
+        history.jsonl      every promotion: when, from, to, why
+        v1/                read-only once published
+            model/         the nnU-Net folder
+            version.json   where it came from, sha256 of every file, labels, card
+    <MSHUB_HOME>/cards/    cards of the lab's own models
+
+Writers hold a file lock per model; readers need none, as everything they read is replaced by one rename.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from platformdirs import user_data_path
+
+from mshub.archive import tree_sha256
+from mshub.catalogue import Catalogue, ModelCard, dump_card, parse_card
+from mshub.errors import ChecksumMismatch, ModelNotAvailable, StoreError
+
+logger = logging.getLogger(__name__)
+
+LOCK_TIMEOUT_S = 60.0
+_VERSION = re.compile(r"v[1-9][0-9]*")
+
+
+def default_home() -> Path:
+    """Return `MSHUB_HOME`, or the platform's folder for user data."""
+    home = os.environ.get("MSHUB_HOME")
+    return Path(home).expanduser() if home else user_data_path("mshub", appauthor=False)
+
+
+@dataclass(frozen=True)
+class ModelVersion:
+    """One published version of one model.
+
+    Attributes
+    ----------
+    model_id, version : str
+        Such as ``starter`` and ``v1``.
+    path : Path
+        The version's folder; never changes once published.
+    record : dict
+        What was known when it was published: see `ModelStore.publish`.
+    """
+
+    model_id: str
+    version: str
+    path: Path
+    record: dict[str, Any]
+
+    @property
+    def model_path(self) -> Path:
+        """The nnU-Net model folder."""
+        return self.path / "model"
+
+    @property
+    def card(self) -> ModelCard:
+        """The card the version was installed with."""
+        return parse_card(self.record["card"], f"of {self.model_id} {self.version}")
+
+    @property
+    def number(self) -> int:
+        """3 for ``v3``."""
+        return int(self.version[1:])
+
+
+class ModelStore:
+    """Models under `home`.
+
+    Parameters
+    ----------
+    home : Path, optional
+        Default: `default_home()`. Created when first written to.
+    """
+
+    def __init__(self, home: Path | None = None) -> None:
+        self.home = (home or default_home()).resolve()
+        self._models = self.home / "models"
+        self._cards = self.home / "cards"
+
+    # -- reading ------------------------------------------------------------------------------------------------
+
+    def catalogue(self) -> Catalogue:
+        """Return the cards shipped with MSHub and those of the models this lab added itself."""
+        return Catalogue.load([self._cards] if self._cards.is_dir() else [])
+
+    def installed(self) -> list[str]:
+        """Return the ids of models that have a current version, sorted."""
+        return sorted(path.parent.name for path in self._models.glob("*/current") if self._current_name(path.parent))
+
+    def versions(self, model_id: str) -> list[ModelVersion]:
+        """Return all versions of a model, oldest first; none for a model that is not installed."""
+        found = [
+            path for path in (self._models / model_id).glob("v*/version.json") if _VERSION.fullmatch(path.parent.name)
+        ]
+        return sorted((_read_version(path.parent) for path in found), key=lambda version: version.number)
+
+    def version(self, model_id: str, version: str) -> ModelVersion:
+        """Return one version.
+
+        Raises
+        ------
+        ModelNotAvailable
+            There is none of that name.
+        """
+        path = self._models / model_id / version
+        if not _VERSION.fullmatch(version) or not (path / "version.json").is_file():
+            known = ", ".join(v.version for v in self.versions(model_id)) or "none"
+            raise ModelNotAvailable(f"{model_id} has no version {version}; installed: {known}.")
+        return _read_version(path)
+
+    def current(self, model_id: str) -> ModelVersion:
+        """Return the version that serves.
+
+        Raises
+        ------
+        ModelNotAvailable
+            The model is not installed.
+        """
+        name = self._current_name(self._models / model_id)
+        if name is None:
+            raise ModelNotAvailable(
+                f"The model {model_id} is not installed in {self.home}. Install it with `mshub fetch {model_id}`, or "
+                f"`mshub add {model_id} PATH` if you have its folder or zip."
+            )
+        return self.version(model_id, name)
+
+    def history(self, model_id: str) -> list[dict[str, Any]]:
+        """Return every promotion of a model, oldest first: ``time``, ``from``, ``to``, ``reason``."""
+        path = self._models / model_id / "history.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        return [json.loads(line) for line in lines if line.strip()]
+
+    # -- writing ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def staging(self) -> Iterator[Path]:
+        """Yield an empty folder on the store's file system; whatever is left in it is removed afterwards."""
+        parent = self.home / "staging"
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            path = Path(tempfile.mkdtemp(dir=parent))
+        except OSError as error:
+            raise StoreError(
+                f"MSHUB_HOME={self.home} cannot be written ({error}). Point MSHUB_HOME elsewhere."
+            ) from error
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def publish(self, model_id: str, model: Path, record: Mapping[str, Any]) -> ModelVersion:
+        """Make `model` the next version of `model_id`; the first one becomes current.
+
+        Parameters
+        ----------
+        model_id : str
+        model : Path
+            An nnU-Net model folder inside `staging()`; it is moved, not copied.
+        record : mapping
+            JSON-able facts: origin, licence, labels, channels, card, parent... ``created`` and ``files`` (relative
+            path -> sha256) are added here.
+
+        Returns
+        -------
+        ModelVersion
+            The new version, or the existing one when its files are the same.
+        """
+        files = tree_sha256(model)
+        with self._locked(model_id) as folder:
+            for version in self.versions(model_id):
+                if version.record["files"] == files:
+                    return version
+            number = max((version.number for version in self.versions(model_id)), default=0) + 1
+            target = folder / f"v{number}"
+            self._move_into_place(model, target, {**record, "created": _now(), "files": files})
+            if self._current_name(folder) is None:
+                self._set_current(folder, target.name, "first version")
+        logger.info("published %s %s", model_id, target.name)
+        return _read_version(target)
+
+    def keep_card(self, card: ModelCard) -> None:
+        """Take the card of a lab's own model into the catalogue of this store."""
+        self._cards.mkdir(parents=True, exist_ok=True)
+        _replace(self._cards / f"{card.id}.toml", dump_card(card))
+
+    def promote(self, model_id: str, version: str, reason: str) -> ModelVersion:
+        """Make `version` the current one; predictions that are running finish with the one they started with.
+
+        Raises
+        ------
+        ModelNotAvailable
+            There is no such version.
+        """
+        chosen = self.version(model_id, version)
+        with self._locked(model_id) as folder:
+            self._set_current(folder, chosen.version, reason)
+        return chosen
+
+    def rollback(self, model_id: str) -> ModelVersion:
+        """Make the version current again that was current before the last promotion.
+
+        Raises
+        ------
+        StoreError
+            Nothing was ever promoted over another version.
+        """
+        steps = [step for step in self.history(model_id) if step["from"]]
+        if not steps:
+            raise StoreError(f"{model_id} has only ever served one version; there is nothing to go back to.")
+        return self.promote(model_id, steps[-1]["from"], f"rollback from {steps[-1]['to']}")
+
+    def verify(self, model_id: str, version: str | None = None) -> ModelVersion:
+        """Compare every file of a version with the sha256 recorded when it was published.
+
+        Raises
+        ------
+        ChecksumMismatch
+            Files changed, vanished or appeared; the message names them.
+        """
+        chosen = self.version(model_id, version) if version else self.current(model_id)
+        recorded, found = chosen.record["files"], tree_sha256(chosen.model_path)
+        wrong = sorted(name for name in recorded.keys() | found.keys() if recorded.get(name) != found.get(name))
+        if wrong:
+            raise ChecksumMismatch(
+                f"{model_id} {chosen.version} is not what was installed: {', '.join(wrong)} differ from the recorded "
+                "sha256. Install it again with `mshub add` or `mshub fetch`; do not use it."
+            )
+        return chosen
+
+    # -- private ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _locked(self, model_id: str) -> Iterator[Path]:
+        folder = self._models / model_id
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock", timeout=LOCK_TIMEOUT_S):
+            yield folder
+
+    def _current_name(self, folder: Path) -> str | None:
+        try:
+            name = (folder / "current").read_text(encoding="utf-8").strip()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return name if _VERSION.fullmatch(name) and (folder / name / "version.json").is_file() else None
+
+    def _move_into_place(self, model: Path, target: Path, record: Mapping[str, Any]) -> None:
+        """Assemble the version beside the model and rename it once, so that a version is whole or absent."""
+        assembled = Path(tempfile.mkdtemp(dir=model.parent))
+        model.replace(assembled / "model")
+        _write_synced(assembled / "version.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        _make_read_only(assembled)
+        assembled.replace(target)
+
+    def _set_current(self, folder: Path, version: str, reason: str) -> None:
+        step = {"time": _now(), "from": self._current_name(folder), "to": version, "reason": reason}
+        with (folder / "history.jsonl").open("a", encoding="utf-8") as history:
+            history.write(json.dumps(step, ensure_ascii=False) + "\n")
+        _replace(folder / "current", version + "\n")
+
+
+def _read_version(path: Path) -> ModelVersion:
+    try:
+        record = json.loads((path / "version.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise StoreError(
+            f"{path / 'version.json'} cannot be read ({error}). Remove {path} and install it again."
+        ) from error
+    return ModelVersion(path.parent.name, path.name, path, record)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Replace a file in one step: readers see the old text or the new."""
+    pending = path.with_name(f".{path.name}.part")
+    _write_synced(pending, text)
+    pending.replace(path)
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _make_read_only(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o444)
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
