@@ -33,7 +33,8 @@ def make_model_folder(
 ) -> Path:
     """Write an nnU-Net v2 model folder whose network is real, tiny and untrained; returns `path`.
 
-    An untrained network is the hardest case for equality: its label borders run through every part of the image.
+    An untrained network is the hardest case for equality: its label borders run through every part of the image. No
+    class is favoured, so that every one of them occurs.
     """
     labels = dict(labels or {"background": 0, "liver": 1, "spleen": 2})
     dataset = {
@@ -60,6 +61,7 @@ def make_model_folder(
             heads,
             deep_supervision=False,
         )
+        _balance(network, len(channels), patch)
         checkpoint = {
             "network_weights": network.state_dict(),
             "trainer_name": trainer,
@@ -69,6 +71,15 @@ def make_model_folder(
         (path / f"fold_{fold}").mkdir(exist_ok=True)
         torch.save(checkpoint, path / f"fold_{fold}" / checkpoint_name)
     return path
+
+
+def _balance(network: torch.nn.Module, channels: int, patch: Sequence[int]) -> None:
+    """Shift the output layer's biases so that on noise every class has the same mean."""
+    with torch.inference_mode():
+        logits = network.eval()(torch.randn(1, channels, *patch))
+    bias = network.decoder.seg_layers[-1].bias
+    with torch.no_grad():
+        bias -= logits.mean(dim=[0, *range(2, logits.ndim)]).clone()
 
 
 def _number_of_heads(labels: Mapping[str, Any]) -> int:

@@ -215,7 +215,7 @@ def predict(
     if profile not in PROFILES:
         raise ConfigError(f"The profile {profile!r} is unknown: expected one of {', '.join(PROFILES)}.")
     version = ModelStore().current(model_id)
-    target = _label_path(output, images[0])
+    target = _label_path(output, images)
     options = PredictOptions(
         PROFILES[profile],
         tuple(fold.strip() for fold in folds.split(",") if fold.strip()),
@@ -232,17 +232,22 @@ def predict(
     _report_prediction(prediction, target)
 
 
-def _label_path(output: Path, image: Path) -> Path:
+def _label_path(output: Path, images: list[Path]) -> Path:
     """Return the file to write; checked before anything is computed."""
     endings = (".nii.gz", ".nii", ".nrrd")
     if output.is_dir():
-        stem = image.name
+        stem = images[0].name
         for ending in (*endings, ".mha", ".mhd"):
             stem = stem.removesuffix(ending)
         return output / f"{stem}_label.nii.gz"
     if not output.name.endswith(endings):
         raise ConfigError(f"-o {output} is neither an existing folder nor a file ending in {', '.join(endings)}.")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    if output.resolve() in [image.resolve() for image in images]:
+        raise ConfigError(f"-o {output} is the image itself: choose another name for the label.")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"The folder of -o {output} cannot be made ({error}). Choose another one.") from error
     return output
 
 

@@ -139,7 +139,7 @@ def _read_headers(files: Iterable[Path]) -> list[_Header]:
 def _read_header(file: Path) -> Any | None:
     """Return the dataset of one file without pixels, or None where it is not DICOM and does not claim to be."""
     try:
-        return pydicom.dcmread(file, stop_before_pixels=True, specific_tags=_TAGS)
+        return _converted(pydicom.dcmread(file, stop_before_pixels=True, specific_tags=_TAGS))
     except InvalidDicomError:
         if file.suffix.lower() != ".dcm":
             return None
@@ -150,6 +150,15 @@ def _read_header(file: Path) -> Any | None:
     except Exception as error:
         # pydicom promises no exception type for damaged files
         raise CaseError(f"{file.name} is a damaged DICOM file ({error}); copy the series again") from error
+
+
+def _converted(dataset: Any) -> Any:
+    """Convert every value now: pydicom is lazy, and a damaged one would raise wherever it is first looked at."""
+    for _ in (*dataset, *dataset.file_meta):
+        pass
+    for keyword in ("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel"):
+        int(dataset.get(keyword) or 0)
+    return dataset
 
 
 def _scans(headers: list[_Header]) -> list[_Header]:

@@ -58,7 +58,7 @@ def add_model(
         card = card or draft_card(model_id, folder.dataset)
         _check_against_card(folder, card)
         version = store.publish(model_id, model, _record(folder, card, {"how": "added", "from": source.name}))
-    if model_id not in known:
+    if card_path or model_id not in known:
         store.keep_card(card)
     return version
 
@@ -80,6 +80,11 @@ def fetch_model(store: ModelStore, model_id: str, progress: DownloadProgress | N
         raise ModelNotAvailable(
             f"{card.title} is {card.status}: its weights are not published. If you have them, install them with "
             f"`mshub add {card.id} PATH`."
+        )
+    if card.generation == 1:
+        raise ModelNotAvailable(
+            f"{card.title} is an nnU-Net v1 release ({card.weights.page}); this version of MSHub installs nnU-Net v2 "
+            "models only."
         )
     if card.weights.kind == "bundled":
         return add_model(store, model_id, sample_data() / f"{model_id}-model")

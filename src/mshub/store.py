@@ -28,7 +28,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from platformdirs import user_data_path
 
 from mshub.archive import tree_sha256
@@ -138,7 +138,7 @@ class ModelStore:
         name = self._current_name(self._models / model_id)
         if name is None:
             raise ModelNotAvailable(
-                f"The model {model_id} is not installed in {self.home}. Install it with `mshub fetch {model_id}`, or "
+                f"The model {model_id} is not installed. Install it with `mshub fetch {model_id}`, or "
                 f"`mshub add {model_id} PATH` if you have its folder or zip."
             )
         return self.version(model_id, name)
@@ -188,12 +188,12 @@ class ModelStore:
         with self._locked(model_id) as folder:
             for version in self.versions(model_id):
                 if version.record["files"] == files:
+                    self._serve_if_none(folder, version.version)
                     return version
             number = max((version.number for version in self.versions(model_id)), default=0) + 1
             target = folder / f"v{number}"
             self._move_into_place(model, target, {**record, "created": _now(), "files": files})
-            if self._current_name(folder) is None:
-                self._set_current(folder, target.name, "first version")
+            self._serve_if_none(folder, target.name)
         logger.info("published %s %s", model_id, target.name)
         return _read_version(target)
 
@@ -223,7 +223,7 @@ class ModelStore:
         StoreError
             Nothing was ever promoted over another version.
         """
-        steps = [step for step in self.history(model_id) if step["from"]]
+        steps = [step for step in self.history(model_id) if step["from"] not in (None, step["to"])]
         if not steps:
             raise StoreError(f"{model_id} has only ever served one version; there is nothing to go back to.")
         return self.promote(model_id, steps[-1]["from"], f"rollback from {steps[-1]['to']}")
@@ -252,13 +252,20 @@ class ModelStore:
     def _locked(self, model_id: str) -> Iterator[Path]:
         folder = self._models / model_id
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock", timeout=LOCK_TIMEOUT_S):
+        try:
+            held = FileLock(folder / ".lock").acquire(timeout=LOCK_TIMEOUT_S)
+        except Timeout as error:
+            raise StoreError(
+                f"Another process has been changing {model_id} for {LOCK_TIMEOUT_S:g} s. Wait until it is done and try "
+                "again."
+            ) from error
+        with held:
             yield folder
 
     def _current_name(self, folder: Path) -> str | None:
         try:
             name = (folder / "current").read_text(encoding="utf-8").strip()
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError, UnicodeDecodeError):
             return None
         return name if _VERSION.fullmatch(name) and (folder / name / "version.json").is_file() else None
 
@@ -269,6 +276,11 @@ class ModelStore:
         _write_synced(assembled / "version.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         _make_read_only(assembled)
         assembled.replace(target)
+
+    def _serve_if_none(self, folder: Path, version: str) -> None:
+        """Make `version` current unless one is: the first, or one whose publishing broke off before the pointer."""
+        if self._current_name(folder) is None:
+            self._set_current(folder, version, "first version")
 
     def _set_current(self, folder: Path, version: str, reason: str) -> None:
         step = {"time": _now(), "from": self._current_name(folder), "to": version, "reason": reason}

@@ -76,6 +76,16 @@ _NIFTI_METRE, _NIFTI_MICRON = 1, 3
 _CHUNK_BYTES = 1 << 16
 _FAST = 1  # gzip level: masks shrink a hundredfold anyway, and a client waits
 _HEADER_BYTES = 1 << 16
+#: What MetaImage writers produce: the type, then the number of axes, then short lines of plain ``key = value``.
+_META_HEADER = re.compile(rb"(ObjectType *= *Image *\r?\n)?NDims *= *\d *\r?\n([\w.-]{1,64} *= *[ -~]{0,400}\r?\n)+")
+_META_VECTORS = ("DimSize", "ElementSpacing", "ElementSize", "Offset", "Position", "Origin", "CenterOfRotation")
+_META_MATRICES = ("TransformMatrix", "Rotation", "Orientation")
+_META_SCALARS = ("ElementNumberOfChannels", "HeaderSize", "CompressedDataSize")
+_META_COUNTS = {
+    **dict.fromkeys(_META_VECTORS, 3),
+    **dict.fromkeys(_META_MATRICES, 9),
+    **dict.fromkeys(_META_SCALARS, 1),
+}
 _NRRD_TYPES = {
     "int8": "signed char",
     "uint8": "unsigned char",
@@ -478,6 +488,8 @@ def _read_itk(path: Path, extension: str, max_voxels: int) -> Volume:
 def _open_itk(path: Path, extension: str, max_voxels: int) -> sitk.ImageFileReader:
     """Return a reader that knows the header, which has been found sound."""
     _check_attached(path, extension)
+    if extension != ".nrrd":
+        _check_meta_header(path, extension)
     reader = sitk.ImageFileReader()
     reader.SetImageIO("NrrdImageIO" if extension == ".nrrd" else "MetaImageIO")
     reader.SetFileName(str(path))
@@ -527,6 +539,27 @@ def _itk_header(path: Path, extension: str) -> tuple[dict[str, str], int]:
             if stream.tell() > _HEADER_BYTES:
                 raise CaseError(f"this is no {extension} file in spite of its name; export the image again")
         return fields, stream.tell()
+
+
+def _check_meta_header(path: Path, extension: str) -> None:
+    """Refuse a malformed MetaImage header: it can corrupt ITK's memory and take the whole process with it."""
+    fields, offset = _itk_header(path, extension)
+    with path.open("rb") as stream:
+        head = stream.read(offset)
+    sizes = _meta_numbers("DimSize", fields.get("DimSize", ""))
+    if not _META_HEADER.fullmatch(head) or fields["NDims"] != str(len(sizes)):
+        raise CaseError("the header is malformed; export the image again")
+    check_shape([int(size) for size in sizes])
+    for key, count in _META_COUNTS.items():
+        if key in fields and len(_meta_numbers(key, fields[key])) != count:
+            raise CaseError(f"found {key} = {fields[key]!r} in the header, expected {count} numbers; export it again")
+
+
+def _meta_numbers(key: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split()]
+    except ValueError as error:
+        raise CaseError(f"found {key} = {text!r} in the header, expected numbers; export the image again") from error
 
 
 def _check_meta_stream(path: Path, extension: str, n_bytes: int) -> None:

@@ -5,17 +5,21 @@ Nothing here is safe to call from two threads at once; `mshub.nnunet.predictor.N
 
 from __future__ import annotations
 
+import pydoc
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import dynamic_network_architectures
 import numpy as np
 import torch
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 
-from mshub.errors import ModelFolderError
+from mshub.errors import ModelFolderError, PredictionError
 from mshub.nnunet.folder import ModelFolder
 
 Progress = Callable[[int, int], None]
@@ -23,7 +27,8 @@ Progress = Callable[[int, int], None]
 
 Array = np.ndarray[Any, Any]
 
-TRUSTED_PACKAGES = ("dynamic_network_architectures.", "torch.nn.")
+NETWORKS = "dynamic_network_architectures."
+LAYERS = (NETWORKS, "torch.nn.")
 
 
 class _SlidingWindow(nnUNetPredictor):  # type: ignore[misc]
@@ -106,12 +111,24 @@ class Engine:
         return prepared, properties
 
     def logits(self, data: Array, *, mirroring: bool, step: float, progress: Progress | None) -> torch.Tensor:
-        """Run the sliding window over all folds; returns half-precision logits, axes (class, *network axes)."""
+        """Run the sliding window over all folds; returns half-precision logits, axes (class, *network axes).
+
+        Raises
+        ------
+        PredictionError
+            The network's output is not finite.
+        """
         self._window.use_mirroring, self._window.tile_step_size = mirroring, step
         self._window.start(progress)
         logits: torch.Tensor = self._window.predict_logits_from_preprocessed_data(
             torch.from_numpy(data).contiguous().float()
         )
+        # The class of a NaN is background, an empty mask. One class at a time: logits are large.
+        if not all(torch.isfinite(channel).all() for channel in logits):
+            raise PredictionError(
+                "The network's output holds values that are not finite. Check the image for absurd intensities; if "
+                "other images fail too, the weights are damaged: run `mshub verify`."
+            )
         return logits.cpu()
 
     def segmentation(self, logits: torch.Tensor, properties: dict[str, Any]) -> Array:
@@ -140,10 +157,10 @@ def _build_network(folder: ModelFolder, weights: dict[str, Any]) -> torch.nn.Mod
             deep_supervision=False,
         )
         network.load_state_dict(weights)
-    except (ImportError, RuntimeError, TypeError, KeyError, AttributeError) as error:
+    except (ImportError, RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
         raise ModelFolderError(
             f"The weights do not fit the architecture in plans.json ({architecture}): "
-            f"{str(error).splitlines()[0]}. The trainer {folder.trainer} probably builds its own network, which MSHub "
+            f"{(str(error) or type(error).__name__).splitlines()[0]}. The trainer {folder.trainer} probably builds its own network, which MSHub "
             "does not run."
         ) from error
     return network
@@ -152,13 +169,39 @@ def _build_network(folder: ModelFolder, weights: dict[str, Any]) -> torch.nn.Mod
 def _checked_architecture(folder: ModelFolder) -> str:
     """Return the name of the network class, refusing any that is not nnU-Net's own: the plans name what is *called*."""
     configuration = folder.configuration_manager
-    architecture = str(configuration.network_arch_class_name)
-    arguments = configuration.network_arch_init_kwargs
-    named = [arguments.get(key) for key in configuration.network_arch_init_kwargs_req_import]
-    foreign = [str(name) for name in named if name is not None and not str(name).startswith(TRUSTED_PACKAGES)]
-    if foreign or not architecture.startswith(TRUSTED_PACKAGES):
+    try:
+        architecture = str(configuration.network_arch_class_name)
+        arguments = configuration.network_arch_init_kwargs
+        layers = [arguments.get(key) for key in configuration.network_arch_init_kwargs_req_import]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ModelFolderError(
+            f"plans.json does not describe the network as nnU-Net v2 does ({type(error).__name__}: {error}). Copy the "
+            "model folder again."
+        ) from error
+    foreign = [str(name) for name in layers if name is not None and not _is_module_class(name, LAYERS)]
+    if foreign or not _is_module_class(architecture, NETWORKS):
         raise ModelFolderError(
             f"plans.json asks for the custom architecture {', '.join([architecture, *foreign])}. MSHub builds only the "
-            f"networks of {TRUSTED_PACKAGES[0].rstrip('.')}, as nnU-Net itself does by default."
+            f"networks of {NETWORKS.rstrip('.')}, as nnU-Net itself does by default."
         )
     return architecture
+
+
+def _is_module_class(name: Any, packages: str | tuple[str, ...]) -> bool:
+    """Whether nnU-Net would find a `torch.nn.Module` defined in one of `packages` under `name`.
+
+    The beginning of the name proves nothing: ``torch.nn.modules.conv.torch.os.system`` is found as well.
+    """
+    if not isinstance(name, str) or not name.startswith(packages):
+        return False
+    try:
+        found = pydoc.locate(name) or _moved_network(name)
+    except pydoc.ErrorDuringImport:
+        return False
+    return isinstance(found, type) and issubclass(found, torch.nn.Module) and found.__module__.startswith(packages)
+
+
+def _moved_network(name: str) -> Any:
+    """Return what nnU-Net takes for a network class that is no longer where old plans say."""
+    folder = Path(dynamic_network_architectures.__path__[0]) / "architectures"
+    return recursive_find_python_class(str(folder), name.rsplit(".", 1)[-1], f"{NETWORKS}architectures")

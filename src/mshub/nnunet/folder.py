@@ -8,6 +8,8 @@ import json
 import logging
 import pickle
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -50,7 +52,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"{path.name} was not loaded: it holds more than weights ({_first_line(error)}). Expected tensors and "
             "plain values only; ask its makers for a checkpoint saved by nnU-Net v2 itself."
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # a damaged stream raises whatever its bytes happen to mean
         raise ModelFolderError(
             f"{path.name} cannot be read as a torch checkpoint ({_first_line(error)}). It is probably an incomplete "
             "download: fetch or copy it again."
@@ -67,6 +69,18 @@ def _check_checkpoint(checkpoint: Any, path: Path) -> dict[str, Any]:
             "checkpoint_final.pth that nnU-Net v2 writes into fold_X."
         )
     return dict(checkpoint)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Say in a sentence that keys are missing or of another type than nnU-Net writes."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise ModelFolderError(
+            f"dataset.json, plans.json or the checkpoint is not as nnU-Net v2 writes it ({type(error).__name__}: "
+            f"{_first_line(error)}). Copy the model folder again."
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:
@@ -131,18 +145,19 @@ class ModelFolder:
         dataset, plans = _read_json(path / "dataset.json"), _read_json(path / "plans.json")
         checkpoint_name, folds = _find_folds(path)
         checkpoint = load_checkpoint(path / f"fold_{folds[0]}" / checkpoint_name)
-        axes = checkpoint.get("inference_allowed_mirroring_axes")
-        folder = cls(
-            path=path,
-            dataset=dataset,
-            plans=plans,
-            configuration=_configuration_name(checkpoint, plans),
-            trainer=str(checkpoint["trainer_name"]),
-            mirror_axes=None if axes is None else tuple(int(axis) for axis in axes),
-            folds=folds,
-            checkpoint_name=checkpoint_name,
-        )
-        folder._validate()
+        with _explained():
+            axes = checkpoint.get("inference_allowed_mirroring_axes")
+            folder = cls(
+                path=path,
+                dataset=dataset,
+                plans=plans,
+                configuration=_configuration_name(checkpoint, plans),
+                trainer=str(checkpoint["trainer_name"]),
+                mirror_axes=None if axes is None else tuple(int(axis) for axis in axes),
+                folds=folds,
+                checkpoint_name=checkpoint_name,
+            )
+            folder._validate()
         return folder
 
     @cached_property

@@ -165,11 +165,11 @@ class NNUNetPredictor:
         folds = self._check_folds(options.folds)
         volumes = self._read_channels(images)
         clock.lap("read")
-        data, properties, reader = self._load_as_nnunet(images, volumes)
-        if options.input_clip is not None:
-            np.clip(data, *options.input_clip, out=data)
         device = resolve_device(options.device)
         try:
+            data, properties, reader = self._load_as_nnunet(images, volumes)
+            if options.input_clip is not None:
+                np.clip(data, *options.input_clip, out=data)
             segmentation = self._segment(data, properties, folds, device, options.profile, progress, clock)
             array_xyz = _to_input_axes(segmentation, properties, reader)
         except MSHubError:

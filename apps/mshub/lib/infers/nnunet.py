@@ -102,10 +102,10 @@ class NNUNetInferTask(InferTask):  # type: ignore[misc]
             version = self._store.current(self.model_id)
             predictor = self._predictor(version)
             options, output = self._options(request, version), _Output.parse(request)
+            kept = _kept_labels(predictor.folder, request.get("label_prompt"))
             images = [Path(path) for path in request.get("channels") or [request["image"]]]
             with self._activity.run(self.model_id, str(request.get("image_id", ""))) as run:
                 prediction = predictor.predict(images, options, run.progress)
-            kept = _kept_labels(prediction, predictor.folder, request.get("label_prompt"))
             started = time.perf_counter()
             path = output.write(_only(prediction.labels, kept, prediction.names))
             prediction.seconds["write"] = time.perf_counter() - started
@@ -180,14 +180,15 @@ def _results() -> Path:
     return Path(folder)
 
 
-def _kept_labels(prediction: Prediction, folder: ModelFolder, prompt: Any) -> dict[str, int]:
+def _kept_labels(folder: ModelFolder, prompt: Any) -> dict[str, int]:
     """Return the structures a ``label_prompt`` (published values) asks for; all of them without one."""
+    names = folder.labels.published
     if prompt is None or prompt == "" or prompt == []:
-        return prediction.names
+        return names
     if not isinstance(prompt, list) or not all(type(value) is int for value in prompt):
         raise LabelError(f"label_prompt is {prompt!r}; expected a list of label values such as [1, 3].")
     wanted = set(folder.labels.select(prompt))
-    return {name: value for name, value in prediction.names.items() if value in wanted}
+    return {name: value for name, value in names.items() if value in wanted}
 
 
 def _only(labels: Volume, kept: dict[str, int], names: dict[str, int]) -> Volume:

@@ -1,0 +1,6 @@
+"""``python -m mshub`` is ``mshub``."""
+
+from mshub.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""A real MSHub server as a child process, started as a user starts it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import httpx
+from monailabel.client import MONAILabelClient
+
+START_TIMEOUT_S = 180
+
+
+class LiveServer:
+    """``mshub serve`` on a free port, until `stop`.
+
+    Parameters
+    ----------
+    home : Path
+        `MSHUB_HOME` of the server.
+    arguments : sequence of str
+        Such as ``["--studies", "DIR"]``.
+    folder : Path
+        Where its log goes; also its working directory.
+    """
+
+    def __init__(self, home: Path, arguments: Sequence[str], folder: Path) -> None:
+        self.port = _free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = folder / "server.log"
+        environment = {**os.environ, "MSHUB_HOME": str(home), "OMP_NUM_THREADS": "2"}
+        with self.log.open("w") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "mshub", "serve", *arguments, "--port", str(self.port)],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                cwd=folder,
+            )
+        self._wait()
+
+    def _wait(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                raise RuntimeError(f"the server ended with {self._process.returncode}:\n{self.log.read_text()[-4000:]}")
+            try:
+                httpx.get(f"{self.url}/mshub/status", timeout=5).raise_for_status()
+            except httpx.HTTPError:
+                time.sleep(0.3)
+            else:
+                return
+        raise RuntimeError(f"the server did not answer within {START_TIMEOUT_S} s:\n{self.log.read_text()[-4000:]}")
+
+    def client(self, folder: Path) -> MONAILabelClient:
+        """Return MONAI Label's own client, keeping what it downloads in `folder`."""
+        return MONAILabelClient(self.url, tmpdir=str(folder), client_id="tester")
+
+    def infer(self, model: str, query: str, params: dict[str, Any] | str | None = None, **files: Any) -> httpx.Response:
+        """Post to ``/infer`` as a browser would; `query` such as ``image=case01&output=image``."""
+        text = params if isinstance(params, str) else json.dumps(params or {})
+        url = f"{self.url}/infer/{quote(model)}?{query}"
+        return httpx.post(url, data={"params": text}, files=files or None, timeout=300)
+
+    def stop(self) -> None:
+        """End the server as Ctrl+C does."""
+        self._process.send_signal(signal.SIGINT)
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
