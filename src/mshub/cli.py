@@ -122,9 +122,11 @@ def fetch(model_id: ModelId) -> None:
     from mshub.install import fetch_model
 
     with _bytes_progress() as progress:
-        task = progress.add_task(model_id, total=None)
+        task = progress.add_task(model_id, total=None, visible=False)
         version = fetch_model(
-            ModelStore(), model_id, lambda done, total: progress.update(task, completed=done, total=total)
+            ModelStore(),
+            model_id,
+            lambda done, total: progress.update(task, completed=done, total=total, visible=True),
         )
     _report_installed(version)
 
@@ -347,13 +349,13 @@ def _announce(store: ModelStore, studies: str, host: str, port: int) -> None:
 
 
 def _this_command() -> str:
-    """Return how to run this program again: with its path and the store it used, so that a pasted line works."""
-    home = os.environ.get("MSHUB_HOME")
-    program = Path(sys.argv[0])
-    on_path = shutil.which("mshub") == str(program)
-    return (f"MSHUB_HOME={shlex.quote(_near(Path(home)))} " if home else "") + (
-        "mshub" if on_path else shlex.quote(_near(program))
-    )
+    """Return how to run this program again, with the store it used, so that a pasted line works."""
+    home, program = os.environ.get("MSHUB_HOME"), Path(sys.argv[0])
+    if program.name == "__main__.py":
+        command = f"{shlex.quote(sys.executable)} -m mshub"
+    else:
+        command = "mshub" if shutil.which("mshub") == str(program) else shlex.quote(_near(program))
+    return f"MSHUB_HOME={shlex.quote(_near(Path(home)))} {command}" if home else command
 
 
 def _near(path: Path) -> str:

@@ -78,7 +78,8 @@ def fetch_weights(
     if kind == "gdrive-file":
         return fetch_drive_file(locator, folder, model_id=model_id, sha256=sha256, progress=progress)
     if kind == "https":
-        return fetch_file(locator, folder / _file_name(locator, model_id), sha256=sha256, progress=progress)
+        target = folder / _file_name(locator, model_id)
+        return fetch_file(locator, target, sha256=sha256, progress=progress, model_id=model_id)
     if kind == "bundled":
         raise DownloadError(f"The weights of {model_id} come with MSHub: there is nothing to download.")
     raise DownloadError(f"{model_id} has weights of kind {kind!r}. Expected gdrive-folder, gdrive-file or https.")
@@ -107,6 +108,7 @@ def fetch_file(
     sha256: str | None = None,
     progress: Progress | None = None,
     client: httpx.Client | None = None,
+    model_id: str = "MODEL_ID",
     max_bytes: int = MAX_BYTES,
     attempts: int = ATTEMPTS,
     wait_s: float = WAIT_S,
@@ -128,6 +130,8 @@ def fetch_file(
         See `Progress`.
     client : httpx.Client, optional
         Default: a new one with timeouts, honouring the proxy variables of the environment.
+    model_id : str
+        For messages.
     max_bytes : int
         Refuse a larger file.
     attempts : int
@@ -152,7 +156,7 @@ def fetch_file(
     if sha256 and target.is_file() and file_sha256(target) == sha256.lower():
         return target
     part = _Part(target, url)
-    transfer = _Transfer(url, shown, part, max_bytes, progress)
+    transfer = _Transfer(url, shown, part, model_id, max_bytes, progress)
     with _local_errors(target.parent), _client(client) as http:
         target.parent.mkdir(parents=True, exist_ok=True)
         found = _persistently(lambda: transfer.attempt(http), transfer, attempts, wait_s)
@@ -248,6 +252,7 @@ class _Transfer:
     url: str
     shown: str
     part: _Part
+    model_id: str
     max_bytes: int
     progress: Progress | None
 
@@ -276,7 +281,7 @@ class _Transfer:
             self.part.discard()
         if code in (httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE, httpx.codes.TOO_MANY_REQUESTS) or code >= 500:
             raise _TransientError(f"the server answered {found}")
-        raise DownloadError(f"{self.shown}: the server answered {found}. {_advice(code)}")
+        raise DownloadError(f"{self.shown}: the server answered {found}. {_advice(code, self.model_id)}")
 
     def _check_content(self, response: httpx.Response) -> None:
         if self.url.startswith("https:") and response.url.scheme != "https":
@@ -290,7 +295,7 @@ class _Transfer:
     def _is_web_page(self) -> DownloadError:
         return DownloadError(
             f"{self.shown} is a web page (HTML), not a file: perhaps a sign-in or a page about the file. Open it in a "
-            f"browser to find the file's own address, or {_by_hand('MODEL_ID')}."
+            f"browser to find the file's own address, or {_by_hand(self.model_id)}."
         )
 
     def _start(self, response: httpx.Response) -> int:
@@ -359,8 +364,8 @@ def _looks_like_html(chunk: bytes) -> bool:
     return chunk[:64].lstrip().lower().startswith((b"<!doctype html", b"<html"))
 
 
-def _advice(code: int) -> str:
-    by_hand = _by_hand("MODEL_ID")
+def _advice(code: int, model_id: str) -> str:
+    by_hand = _by_hand(model_id)
     if code in (401, 403):
         return f"Access is restricted: open the address in a browser, ask for access if needed, {by_hand}."
     if code in (404, 410):

@@ -5,14 +5,18 @@ This is the one place where the archive, the card, the nnU-Net folder and the st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from mshub.archive import extract_model
 from mshub.bundled import sample_data
 from mshub.catalogue import Catalogue, ModelCard, draft_card, dump_card, load_card
-from mshub.errors import CatalogueError, LabelError, ModelFolderError, ModelNotAvailable
+from mshub.errors import CatalogueError, LabelError, ModelFolderError, ModelNotAvailable, StoreError
 from mshub.fetch import fetch_weights
 from mshub.nnunet.folder import ModelFolder
 from mshub.store import ModelStore, ModelVersion
@@ -88,18 +92,30 @@ def fetch_model(store: ModelStore, model_id: str, progress: DownloadProgress | N
         )
     if card.weights.kind == "bundled":
         return add_model(store, model_id, sample_data() / f"{model_id}-model")
+    with _downloads(store, model_id) as folder:
+        weights = fetch_weights(
+            model_id=model_id,
+            kind=card.weights.kind,
+            locator=str(card.weights.id or card.weights.url),
+            sha256=card.weights.sha256,
+            folder=folder,
+            progress=progress,
+        )
+        version = add_model(store, model_id, weights)
+        shutil.rmtree(folder)
+    return version
+
+
+@contextmanager
+def _downloads(store: ModelStore, model_id: str) -> Iterator[Path]:
+    """Yield the folder for the downloads of one model, held against a second ``mshub fetch`` of it."""
     folder = store.home / "downloads" / model_id
     folder.mkdir(parents=True, exist_ok=True)
-    weights = card.weights
-    archive = fetch_weights(
-        model_id=model_id,
-        kind=weights.kind,
-        locator=str(weights.id or weights.url),
-        sha256=weights.sha256,
-        folder=folder,
-        progress=progress,
-    )
-    return add_model(store, model_id, archive)
+    try:
+        with FileLock(folder.with_suffix(".lock"), timeout=0):
+            yield folder
+    except Timeout as error:
+        raise StoreError(f"{model_id} is being fetched by another process: wait for it to finish.") from error
 
 
 def _chosen_card(known: Catalogue, model_id: str, card_path: Path | None) -> ModelCard | None:

@@ -11,9 +11,8 @@ itself, so such a file is refused:
 * sform columns of another length than ``pixdim``: ITK takes ``pixdim``, nibabel the columns;
 * units other than mm: ITK scales micrometres and metres, nibabel does not.
 
-A file with neither qform nor sform is accepted with a warning, on nibabel's fallback: first axis flipped, centred on
-the origin. ITK's fallback is another one (second axis flipped too, first voxel at the origin), so a client built on ITK
-shows the image elsewhere than its mask unless it applies the voxels of the mask to the image directly.
+A file with neither qform nor sform is accepted with a warning, on ITK's fallback (axes L, P, S, first voxel at the
+origin): 3D Slicer shows it there. nibabel's is another one (only the first axis flipped, centred on the origin).
 
 Writing is atomic: a reader sees the old file or the whole new one.
 """
@@ -73,11 +72,15 @@ MAX_GZIP_RATIO = 1040
 
 _NIFTI_HEADERS = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
 _NIFTI_METRE, _NIFTI_MICRON = 1, 3
+_ITK_SIGNS = np.array([-1.0, -1.0, 1.0])
 _CHUNK_BYTES = 1 << 16
 _FAST = 1  # gzip level: masks shrink a hundredfold anyway, and a client waits
 _HEADER_BYTES = 1 << 16
-#: What MetaImage writers produce: the type, then the number of axes, then short lines of plain ``key = value``.
-_META_HEADER = re.compile(rb"(ObjectType *= *Image *\r?\n)?NDims *= *\d *\r?\n([\w.-]{1,64} *= *[ -~]{0,400}\r?\n)+")
+#: What MetaImage writers produce: the type, then the number of axes, then short lines of plain ``key = value``; ITK
+#: carries along keys such as ``dim[1]`` of a NIfTI and ``0008|0060`` of DICOM.
+_META_HEADER = re.compile(
+    rb"(ObjectType *= *Image *\r?\n)?NDims *= *\d *\r?\n([\w.|:\[\]-]{1,64} *= *[ -~]{0,400}\r?\n)+"
+)
 _META_VECTORS = ("DimSize", "ElementSpacing", "ElementSize", "Offset", "Position", "Origin", "CenterOfRotation")
 _META_MATRICES = ("TransformMatrix", "Rotation", "Orientation")
 _META_SCALARS = ("ElementNumberOfChannels", "HeaderSize", "CompressedDataSize")
@@ -441,9 +444,10 @@ def _nifti_grid(header: Any) -> Grid:
     sform, qform = header.get_sform(coded=True)[0], header.get_qform(coded=True)[0]
     if sform is None and qform is None:
         logger.warning(
-            "the NIfTI file has neither qform nor sform, so nobody knows left from right in it; taking nibabel's "
-            "fallback, which 3D Slicer does not share: convert the image again from its DICOM series"
+            "the NIfTI file has neither qform nor sform, so nobody knows left from right in it; taking ITK's reading, "
+            "as 3D Slicer does: convert the image again from its DICOM series"
         )
+        return Grid(header.get_data_shape(), np.diag([*_ITK_SIGNS * header["pixdim"][1:4].astype(float), 1.0]))
     grid = Grid(header.get_data_shape(), header.get_best_affine())
     if sform is not None:
         _check_pixdim(grid, header)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import re
 import struct
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,9 +77,15 @@ def test_a_bad_image_is_refused_with_its_fault_named(site: Site, fault: str, tmp
     write, words = BAD_FILES[fault]
     path = tmp_path / "scan.nii.gz"
     write(path)
+    uploads = _uploads()
     answer = site.server.infer("tiny", "output=image", {"profile": "fast"}, file=("scan.nii.gz", path.read_bytes()))
     _check(fault, answer.status_code, answer.text, words)
     assert "json" in answer.headers["content-type"]
+    assert _uploads() <= uploads, "the refused upload is still in the temporary folder"
+
+
+def _uploads() -> set[Path]:
+    return set(Path(tempfile.gettempdir()).glob("tmp*.nii.gz"))
 
 
 REQUESTS: dict[str, tuple[str, str, object, int, str]] = {

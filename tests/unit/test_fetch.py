@@ -778,6 +778,10 @@ class TestDispatch:
         assert path == tmp_path / "model_v1.zip"
         assert path.read_bytes() == WEIGHTS
 
+    def test_a_refusal_of_an_https_server_names_the_model_to_add_by_hand(self, site, tmp_path):
+        with pytest.raises(DownloadError, match="run `mshub add lung PATH`"):
+            self.weights("https", site.url("/gone.zip"), tmp_path)
+
     @pytest.mark.parametrize("path", ["/", "/files/", "/..%2F..%2F", "/%2e%2e"])
     def test_an_address_without_a_name_gives_the_name_of_the_model(self, site, tmp_path, path):
         site.pages[path] = Page()

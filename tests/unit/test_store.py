@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -73,9 +74,9 @@ def test_the_same_files_published_twice_are_one_version(store: ModelStore) -> No
 def test_a_version_records_a_checksum_of_every_file_and_when_it_came(store: ModelStore) -> None:
     record = publish(store, "weights").record
     assert record["files"] == {
-        "plans.json": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a",
-        "fold_0/checkpoint_final.pth": "9a05e10efb4cfb1e8bc58b84fc0ead9ecae74bc10b2df0a8b5d70bc97b53c6f5",
-    } or set(record["files"]) == {"plans.json", "fold_0/checkpoint_final.pth"}
+        "plans.json": hashlib.sha256(b"{}").hexdigest(),
+        "fold_0/checkpoint_final.pth": hashlib.sha256(b"weights").hexdigest(),
+    }
     assert record["created"].endswith("+00:00")
     assert record["origin"] == {"how": "added"}
 
@@ -143,25 +144,25 @@ def publish_from_another_process(home: Path, content: str, start: Any) -> None:
     publish(ModelStore(home), content)
 
 
-def test_two_processes_that_publish_at_once_make_two_versions(store: ModelStore) -> None:
-    context = multiprocessing.get_context("fork" if os.name == "posix" else "spawn")
-    start = context.Event()
-    contents = [f"weights {number}" * 20_000 for number in range(4)]
+def test_processes_that_publish_at_once_make_a_version_each(store: ModelStore) -> None:
+    context = multiprocessing.get_context("spawn")
+    start = context.Barrier(2)
+    contents = [f"weights {number}" * 20_000 for number in range(2)]
     workers = [
         context.Process(target=publish_from_another_process, args=(store.home, content, start)) for content in contents
     ]
     for worker in workers:
         worker.start()
-    start.set()
     for worker in workers:
-        worker.join(60)
-    assert [worker.exitcode for worker in workers] == [0] * 4
+        worker.join(120)
+    assert [worker.exitcode for worker in workers] == [0, 0]
     versions = store.versions("tiny")
-    assert [version.version for version in versions] == ["v1", "v2", "v3", "v4"]
+    assert [version.version for version in versions] == ["v1", "v2"]
     found = {(version.model_path / "fold_0" / "checkpoint_final.pth").read_text() for version in versions}
     assert found == set(contents)
-    assert len([step for step in store.history("tiny") if step["reason"] == "first version"]) == 1
-    assert store.verify("tiny").version == store.history("tiny")[0]["to"]
+    assert [step["to"] for step in store.history("tiny")] == ["v1"]
+    assert store.verify("tiny").version == "v1"
+    assert store.verify("tiny", "v2").version == "v2"
 
 
 def test_a_lock_that_is_not_released_becomes_a_sentence(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:

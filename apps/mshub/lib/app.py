@@ -101,6 +101,13 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
             **self.activity.as_dict(),
         }
 
+    def _download_dcmqi_tools(self) -> None:
+        """Fetch MONAI Label's DICOM SEG writer where it can be had; reading a PACS works without it."""
+        try:
+            super()._download_dcmqi_tools()
+        except Exception as error:
+            logger.warning("dcmqi could not be downloaded (%s): labels cannot be stored as DICOM SEG", error)
+
     def _served(self) -> list[str]:
         installed = self.store.installed()
         return [model for model in installed if not self.config.models or model in self.config.models]
@@ -160,12 +167,19 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         if request.get("session") or _is_upload(image):
             return {"image_id": "", "image": image, "channels": _files_of(Path(image))}
         if not isinstance(datastore, StudiesFolder):
-            uri = datastore.get_image_uri(image)
+            uri = _dicomweb_uri(datastore, image)
             return {"image_id": image, "image": uri, "channels": [uri]}
         if image not in datastore.list_images():
             raise not_found("image", image, sorted(datastore.list_images()))
         channels = [str(path) for path in datastore.channels(image)]
         return {"image_id": image, "image": channels[0], "channels": channels}
+
+
+def _dicomweb_uri(datastore: Datastore, image: str) -> str:
+    try:
+        return str(datastore.get_image_uri(image))
+    except (IndexError, KeyError) as error:  # what MONAI Label makes of an empty answer of the PACS
+        raise HTTPException(404, f"The PACS has no series {image!r}.") from error
 
 
 def _is_upload(image: str) -> bool:

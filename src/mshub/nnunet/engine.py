@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import pydoc
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import dynamic_network_architectures
 import numpy as np
 import torch
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 
@@ -158,10 +155,10 @@ def _build_network(folder: ModelFolder, weights: dict[str, Any]) -> torch.nn.Mod
         )
         network.load_state_dict(weights)
     except (ImportError, RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ModelFolderError(
-            f"The weights do not fit the architecture in plans.json ({architecture}): "
-            f"{(str(error) or type(error).__name__).splitlines()[0]}. The trainer {folder.trainer} probably builds its own network, which MSHub "
-            "does not run."
+            f"The weights do not fit the architecture in plans.json ({architecture}): {reason}. The trainer "
+            f"{folder.trainer} probably builds its own network, which MSHub does not run."
         ) from error
     return network
 
@@ -178,30 +175,33 @@ def _checked_architecture(folder: ModelFolder) -> str:
             f"plans.json does not describe the network as nnU-Net v2 does ({type(error).__name__}: {error}). Copy the "
             "model folder again."
         ) from error
-    foreign = [str(name) for name in layers if name is not None and not _is_module_class(name, LAYERS)]
-    if foreign or not _is_module_class(architecture, NETWORKS):
+    network = _network_class(architecture)
+    foreign = [str(name) for name in layers if name is not None and _module_class(name, LAYERS) is None]
+    if foreign or network is None:
         raise ModelFolderError(
             f"plans.json asks for the custom architecture {', '.join([architecture, *foreign])}. MSHub builds only the "
             f"networks of {NETWORKS.rstrip('.')}, as nnU-Net itself does by default."
         )
-    return architecture
+    return f"{network.__module__}.{network.__qualname__}"
 
 
-def _is_module_class(name: Any, packages: str | tuple[str, ...]) -> bool:
-    """Whether nnU-Net would find a `torch.nn.Module` defined in one of `packages` under `name`.
+def _network_class(name: str) -> type | None:
+    """Return the class `name` stands for, also where old plans give the module it was in earlier."""
+    moved = f"{NETWORKS}architectures.unet.{name.rpartition('.')[2]}" if name.startswith(NETWORKS) else ""
+    return _module_class(name, NETWORKS) or _module_class(moved, NETWORKS)
+
+
+def _module_class(name: Any, packages: str | tuple[str, ...]) -> type | None:
+    """Return the `torch.nn.Module` that nnU-Net would find under `name` if one of `packages` defines it.
 
     The beginning of the name proves nothing: ``torch.nn.modules.conv.torch.os.system`` is found as well.
     """
     if not isinstance(name, str) or not name.startswith(packages):
-        return False
+        return None
     try:
-        found = pydoc.locate(name) or _moved_network(name)
+        found = pydoc.locate(name)
     except pydoc.ErrorDuringImport:
-        return False
-    return isinstance(found, type) and issubclass(found, torch.nn.Module) and found.__module__.startswith(packages)
-
-
-def _moved_network(name: str) -> Any:
-    """Return what nnU-Net takes for a network class that is no longer where old plans say."""
-    folder = Path(dynamic_network_architectures.__path__[0]) / "architectures"
-    return recursive_find_python_class(str(folder), name.rsplit(".", 1)[-1], f"{NETWORKS}architectures")
+        return None
+    if isinstance(found, type) and issubclass(found, torch.nn.Module) and found.__module__.startswith(packages):
+        return found
+    return None

@@ -223,7 +223,13 @@ class NNUNetPredictor:
                 str(_readable_path(path, volume, reader, Path(scratch) / f"{index:04d}.nii"))
                 for index, (path, volume) in enumerate(zip(images, volumes, strict=True))
             ]
-            data, properties = reader.read_images(paths)
+            try:
+                data, properties = reader.read_images(paths)
+            except Exception as error:
+                raise CaseError(
+                    f"{images[0].name}: nnU-Net's reader {self.folder.reader} cannot read it ({error}). Save it "
+                    "again as NIfTI with 3D Slicer or SimpleITK."
+                ) from error
         return data, properties, reader
 
     def _segment(

@@ -45,12 +45,22 @@ def infer(
         raise HTTPException(404, f"There is no image {image!r} in the datastore.")
     if session_id and not _session_exists(session_id):
         raise HTTPException(404, f"The session {session_id!r} does not exist or has expired; create it again.")
-    return run_inference(background_tasks, model, image, session_id, json.dumps(options), file, label, output)
+    try:
+        return run_inference(background_tasks, model, image, session_id, json.dumps(options), file, label, output)
+    except BaseException:
+        _clean_up(background_tasks)
+        raise
 
 
 def status() -> dict[str, Any]:
     """Return the server's version, models and running predictions."""
     return dict(app_instance().status())
+
+
+def _clean_up(background_tasks: BackgroundTasks) -> None:
+    """Remove the upload of a failed request: FastAPI forgets background tasks when an error is answered."""
+    for task in background_tasks.tasks:
+        task.func(*task.args, **task.kwargs)
 
 
 def _session_exists(session_id: str) -> bool:

@@ -1,0 +1,388 @@
+"""The command line, as a user meets it: what is printed where, and the exit code."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import mshub
+from factories import make_image, make_model_folder, odd_grids
+from mshub.catalogue import Catalogue
+from mshub.cli import main
+from mshub.errors import StoreError
+from mshub.geometry import same_grid
+from mshub.install import add_model
+from mshub.nnunet.folder import ModelFolder
+from mshub.nnunet.predictor import PROFILES, NetworkCache, NNUNetPredictor, PredictOptions
+from mshub.store import ModelStore
+from mshub.volume_io import read_grid, read_volume
+
+LISTED = {"id", "title", "modality", "status", "installed", "version", "labels"}
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run ``mshub ARGUMENTS`` in this process."""
+
+    def run(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["mshub", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main()
+        out, err = capsys.readouterr()
+        return Result(int(end.value.code or 0), out, err)
+
+    return run
+
+
+def new_version(store: ModelStore, folder: Path, work: Path) -> str:
+    """Install the model ``tiny`` once more, with other weights."""
+    changed = Path(shutil.copytree(folder, work / "changed"))
+    path = changed / "fold_0" / "checkpoint_final.pth"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["network_weights"]["decoder.seg_layers.1.bias"][2] += 50
+    torch.save(checkpoint, path)
+    return add_model(store, "tiny", changed).version
+
+
+# -- looking ------------------------------------------------------------------------------------------------------
+
+
+def test_the_version_is_printed(run: Run) -> None:
+    assert run("--version") == Result(0, f"mshub {mshub.__version__}\n", "")
+
+
+def test_without_a_command_the_help_is_shown(run: Run) -> None:
+    result = run()
+    assert all(command in result.out + result.err for command in ("list", "add", "predict", "serve", "rollback"))
+
+
+def test_every_model_is_listed_under_its_whole_id(run: Run) -> None:
+    result = run("list")
+    assert result.code == 0
+    for card in Catalogue.load():
+        assert card.id in result.out
+
+
+def test_the_list_as_json_has_what_scripts_need(run: Run, installed: ModelStore) -> None:
+    rows = {row["id"]: row for row in run("list", "--json").json()}
+    assert set(rows) == {*Catalogue.load().ids, "tiny"}
+    assert all(row.keys() >= LISTED for row in rows.values())
+    tiny, starter = rows["tiny"], rows["starter"]
+    assert {key: tiny[key] for key in LISTED} == {
+        "id": "tiny",
+        "title": "tiny",
+        "modality": "CT",
+        "status": "local",
+        "installed": True,
+        "version": "v1",
+        "labels": ["liver", "spleen"],
+    }
+    assert (starter["status"], starter["installed"], starter["version"]) == ("bundled", False, None)
+    assert starter["labels"] == list(Catalogue.load().get("starter").labels or ())
+
+
+def test_the_version_that_serves_is_listed(run: Run, installed: ModelStore, liver_spleen: Path, tmp_path: Path) -> None:
+    new_version(installed, liver_spleen, tmp_path)
+    run("promote", "tiny", "v2")
+    assert {row["id"]: row["version"] for row in run("list", "--json").json()}["tiny"] == "v2"
+
+
+def test_a_model_is_shown_with_its_card_and_what_is_installed(run: Run, installed: ModelStore) -> None:
+    facts = run("show", "tiny", "--json").json()
+    assert facts["channels"] == ["CT"]
+    assert (facts["configuration"], facts["folds"], facts["trainer"]) == ("3d_fullres", ["0"], "nnUNetTrainer")
+    assert facts["labels"] == ["liver", "spleen"]
+    shown = run("show", "tiny")
+    assert shown.code == 0
+    assert "liver, spleen" in shown.out
+
+
+def test_a_model_that_is_not_installed_is_shown_from_its_card(run: Run) -> None:
+    result = run("show", "liver-lesion-ct")
+    assert result.code == 0
+    assert "-125" in result.out
+    assert run("show", "liver-lesion-ct", "--json").json()["installed"] is False
+
+
+# -- installing ---------------------------------------------------------------------------------------------------
+
+
+def test_a_model_is_added_and_its_structures_are_named(run: Run, store: ModelStore, liver_spleen: Path) -> None:
+    result = run("add", "tiny", liver_spleen)
+    assert result == Result(0, "tiny v1 is installed: liver, spleen.\n", "")
+    assert store.installed() == ["tiny"]
+
+
+def test_a_further_version_says_how_to_switch_to_it(
+    run: Run, installed: ModelStore, two_channels: Path, tmp_path: Path
+) -> None:
+    result = run("add", "tiny", make_model_folder(tmp_path / "model", seed=9))
+    assert result.code == 0
+    assert "mshub promote tiny v2" in " ".join(result.out.split())
+    assert installed.current("tiny").version == "v1"
+
+
+def test_a_model_is_added_with_a_card_of_its_own(
+    run: Run, store: ModelStore, liver_spleen: Path, tmp_path: Path
+) -> None:
+    card = tmp_path / "card.toml"
+    card.write_text(
+        'id = "ours"\ntitle = "Ours [CT]"\nsite = "abdomen"\nmodality = "CT"\ntarget = "liver"\nstatus = "local"\n'
+        "generation = 2\n"
+    )
+    assert run("add", "ours", liver_spleen, "--card", card).code == 0
+    assert store.catalogue().get("ours").title == "Ours [CT]"
+    assert "Ours [CT]" in run("list").out
+
+
+def test_verify_tells_how_many_files_are_as_installed(run: Run, installed: ModelStore) -> None:
+    assert run("verify", "tiny") == Result(0, "tiny v1: all 3 files are as installed.\n", "")
+
+
+def test_verify_names_a_changed_file(run: Run, installed: ModelStore) -> None:
+    path = installed.current("tiny").model_path / "plans.json"
+    path.chmod(0o644)
+    path.write_text("{}")
+    result = run("verify", "tiny")
+    assert result.code == 1
+    assert "plans.json" in result.err
+
+
+def test_versions_are_promoted_and_rolled_back(
+    run: Run, installed: ModelStore, liver_spleen: Path, tmp_path: Path
+) -> None:
+    assert new_version(installed, liver_spleen, tmp_path) == "v2"
+    assert run("promote", "tiny", "v2", "--reason", "Dice 0.9").out == "tiny now serves v2.\n"
+    rows = run("versions", "tiny", "--json").json()
+    assert [(row["version"], row["current"]) for row in rows] == [("v1", False), ("v2", True)]
+    assert installed.history("tiny")[-1]["reason"] == "Dice 0.9"
+    assert run("rollback", "tiny").out == "tiny now serves v1 again.\n"
+    shown = run("versions", "tiny")
+    assert shown.code == 0
+    assert re.search(r"v1\W+\*", shown.out)
+
+
+# -- predicting ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def case(tmp_path: Path) -> Path:
+    return make_image(tmp_path / "images" / "case.nii.gz", (29, 23, 14), odd_grids()["oblique-left-handed"])
+
+
+def expected_label(store: ModelStore, *images: Path, model: str = "tiny") -> np.ndarray[Any, Any]:
+    folder = ModelFolder.open(store.current(model).model_path)
+    options = PredictOptions(PROFILES["fast"], device="cpu", input_clip=store.current(model).card.input_clip)
+    return NNUNetPredictor(folder, NetworkCache()).predict(images, options).labels.array_xyz
+
+
+@pytest.mark.parametrize("name", ["label.nii.gz", "label.nii", "label.nrrd", "new/folder/label.nii.gz"])
+def test_a_case_is_segmented_on_its_own_grid(
+    run: Run, installed: ModelStore, case: Path, tmp_path: Path, name: str
+) -> None:
+    result = run("predict", "tiny", case, "-o", tmp_path / name, "--profile", "fast", "--device", "cpu")
+    assert result.code == 0, result.err
+    label = read_volume(tmp_path / name)
+    np.testing.assert_array_equal(label.array_xyz, expected_label(installed, case))
+    assert same_grid(label.grid, read_grid(case))
+    assert str(int((label.array_xyz == 1).sum())) in result.out
+    assert name in result.out
+    assert "liver" in result.out
+
+
+def test_a_folder_as_output_gets_a_file_named_after_the_image(
+    run: Run, installed: ModelStore, case: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "labels").mkdir()
+    assert run("predict", "tiny", case, "-o", tmp_path / "labels", "--profile", "fast").code == 0
+    assert [path.name for path in (tmp_path / "labels").iterdir()] == ["case_label.nii.gz"]
+
+
+def test_several_channels_are_given_in_order(
+    run: Run, store: ModelStore, two_channels: Path, case: Path, tmp_path: Path
+) -> None:
+    add_model(store, "tumour", two_channels)
+    second = make_image(tmp_path / "second.nii.gz", (29, 23, 14), odd_grids()["oblique-left-handed"], seed=8)
+    target = tmp_path / "label.nii.gz"
+    assert run("predict", "tumour", case, second, "-o", target, "--profile", "fast").code == 0
+    expected = expected_label(store, case, second, model="tumour")
+    np.testing.assert_array_equal(read_volume(target).array_xyz, expected)
+    result = run("predict", "tumour", case, "-o", target)
+    assert (result.code, result.out) == (1, "")
+    assert "needs 2, in this order: T1w, T2w" in result.err
+
+
+def test_the_clipping_of_the_card_is_applied(
+    run: Run, store: ModelStore, liver_spleen: Path, case: Path, tmp_path: Path
+) -> None:
+    card = tmp_path / "card.toml"
+    card.write_text(
+        'id = "clipped"\ntitle = "t"\nsite = "s"\nmodality = "CT"\ntarget = "t"\nstatus = "local"\ngeneration = 2\n'
+        "input_clip = [-60, 75]\n"
+    )
+    add_model(store, "clipped", liver_spleen, card_path=card)
+    add_model(store, "tiny", liver_spleen)
+    target = tmp_path / "label.nii.gz"
+    assert run("predict", "clipped", case, "-o", target, "--profile", "fast").code == 0
+    np.testing.assert_array_equal(read_volume(target).array_xyz, expected_label(store, case, model="clipped"))
+    assert np.any(read_volume(target).array_xyz != expected_label(store, case))
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("label.txt", "neither an existing folder nor a file ending in .nii.gz, .nii, .nrrd"),
+        ("missing/folder", "neither an existing folder"),
+        ("images/case.nii.gz", "is the image itself"),
+        ("images/../images/case.nii.gz", "is the image itself"),
+        ("images/case.nii.gz/label.nrrd", "cannot be made"),
+    ],
+)
+def test_a_bad_output_is_refused_before_anything_is_computed(
+    run: Run, installed: ModelStore, case: Path, tmp_path: Path, output: str, message: str
+) -> None:
+    before = case.read_bytes()
+    result = run("predict", "tiny", case, "-o", tmp_path / output)
+    assert (result.code, result.out) == (1, "")
+    assert message in result.err
+    assert case.read_bytes() == before
+
+
+# -- errors -------------------------------------------------------------------------------------------------------
+
+FAILURES = [
+    (["show", "startr"], "No model is called 'startr'. Did you mean 'starter'?"),
+    (["verify", "starter"], "The model starter is not installed"),
+    (["versions", "starter"], "The model starter is not installed"),
+    (["promote", "tiny", "v7"], "tiny has no version v7; installed: v1"),
+    (["rollback", "tiny"], "nothing to go back to"),
+    (["fetch", "hn-oar-ct"], "its weights are not published"),
+    (["fetch", "nothing"], "No model is called 'nothing'"),
+    (["add", "mine", "no-such-folder"], "no-such-folder"),
+    (["add", "Bad Id!", "."], ""),
+    (["predict", "starter", "a.nii.gz", "-o", "b.nii.gz"], "mshub fetch starter"),
+    (["predict", "tiny", "no-such.nii.gz", "-o", "b.nii.gz"], "no-such.nii.gz"),
+    (["predict", "tiny", "{case}", "-o", "b.nii.gz", "--profile", "slow"], "expected one of accurate, fast"),
+    (["predict", "tiny", "{case}", "-o", "b.nii.gz", "--device", "tpu"], "The device 'tpu' is unknown"),
+    (["predict", "tiny", "{case}", "-o", "b.nii.gz", "--folds", "0, 4"], "Fold 4 was asked for"),
+    (["serve"], "either --studies DIR"),
+    (["serve", "--studies", ".", "--sample"], "either --studies DIR"),
+    (["serve", "--studies", "no-such-folder"], "--studies no-such-folder is no folder"),
+    (["serve", "--studies", ".", "--conf", "device"], "--conf device has no value; expected KEY=VALUE"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), FAILURES, ids=[" ".join(words) for words, _ in FAILURES])
+def test_an_error_is_a_sentence_on_stderr_and_exit_code_1(
+    run: Run,
+    installed: ModelStore,
+    case: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run(*[argument.format(case=case) for argument in arguments])
+    assert result.code == 1
+    assert result.out == ""
+    lines = result.err.strip().splitlines()
+    assert any(line.startswith("mshub: ") and message in line for line in lines), result.err
+    assert "Traceback" not in result.err
+    assert not (tmp_path / "b.nii.gz").exists()
+
+
+@pytest.mark.parametrize("arguments", [["predict"], ["nonsense"], ["serve", "--port", "0"], ["list", "--jsn"]])
+def test_a_wrong_command_line_is_exit_code_2(run: Run, arguments: list[str]) -> None:
+    result = run(*arguments)
+    assert (result.code, result.out) == (2, "")
+    assert result.err
+
+
+def test_square_brackets_in_a_message_are_printed_as_they_are(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: ModelStore, model_id: str) -> None:
+        raise StoreError("found [bold]3[/] files in [x]")
+
+    monkeypatch.setattr(ModelStore, "rollback", fail)
+    assert run("rollback", "tiny").err == "mshub: found [bold]3[/] files in [x]\n"
+
+
+# -- serving ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], dict[str, str]]]:
+    """The servers that would have been started: (command, environment)."""
+    calls: list[tuple[list[str], dict[str, str]]] = []
+
+    def start(command: list[str], environment: dict[str, str]) -> int:
+        calls.append((command, environment))
+        return 3
+
+    monkeypatch.setattr("mshub.serve.run_server", start)
+    return calls
+
+
+def test_serve_says_where_to_look_and_how_to_predict(
+    run: Run, installed: ModelStore, case: Path, started: list[Any]
+) -> None:
+    result = run("serve", "--studies", case.parent, "--port", "8123", "--conf", "device=cpu")
+    assert result.code == 3
+    (command, environment) = started[0]
+    assert command[command.index("--studies") + 1] == str(case.parent)
+    assert command[-3:] == ["--conf", "device", "cpu"]
+    assert environment["MSHUB_HOME"] == str(installed.home)
+    assert "http://127.0.0.1:8123" in result.out
+    assert "/ohif/" in result.out
+    assert re.search(rf"predict tiny \S*{case.name} -o label\.nii\.gz", result.out)
+    assert "no login" not in result.out
+
+
+def test_a_server_for_the_whole_network_comes_with_a_warning(run: Run, case: Path, started: list[Any]) -> None:
+    result = run("serve", "--studies", case.parent, "--host", "0.0.0.0")
+    assert "There is no login yet" in result.out
+    assert "http://127.0.0.1:8000" in result.out
+    assert "none installed yet" in result.out
+    assert started[0][0][started[0][0].index("--host") + 1] == "0.0.0.0"
+
+
+def test_an_address_of_a_pacs_is_handed_on(run: Run, started: list[Any]) -> None:
+    assert run("serve", "--studies", "http://pacs:8042/dicom-web").code == 3
+    assert "http://pacs:8042/dicom-web" in started[0][0]
+
+
+def test_the_samples_are_served_from_a_working_copy(
+    run: Run, store: ModelStore, tmp_path: Path, started: list[Any]
+) -> None:
+    names = Catalogue.load().get("starter").labels or ()
+    labels = {"background": 0, **{name: value for value, name in enumerate(names, start=1)}}
+    add_model(store, "starter", make_model_folder(tmp_path / "starter", labels=labels))
+    assert run("serve", "--sample").code == 3
+    command = started[0][0]
+    studies = Path(command[command.index("--studies") + 1])
+    assert studies.is_relative_to(store.home)
+    assert len(list(studies.glob("phantom_*.nii.gz"))) == 6

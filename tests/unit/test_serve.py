@@ -1,0 +1,131 @@
+"""Starting the server: the command, its environment, and a clear word where MONAI Label is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mshub import serve
+from mshub.bundled import app_folder, copy_samples, sample_data
+from mshub.errors import ConfigError, StoreError
+from mshub.serve import run_server, server_command, server_environment
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_server_is_monailabels_own_with_our_app(tmp_path: Path) -> None:
+    command = server_command(str(tmp_path / "my studies"), "0.0.0.0", 8123, {"device": "cpu", "models": "a,b"})
+    assert command[:4] == [sys.executable, "-m", "monailabel.main", "start_server"]
+    options = dict(zip(command[4::2], command[5::2], strict=False))
+    assert options["--app"] == str(app_folder())
+    assert options["--studies"] == str(tmp_path / "my studies")
+    assert (options["--host"], options["--port"]) == ("0.0.0.0", "8123")
+    assert options["--uvicorn_app"] == "lib.server.asgi:app"
+    assert command[-6:] == ["--conf", "device", "cpu", "--conf", "models", "a,b"]
+
+
+def test_without_options_the_app_gets_none() -> None:
+    assert "--conf" not in server_command("studies", "127.0.0.1", 8000, {})
+
+
+def test_everything_the_server_writes_lies_under_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith("MONAI_LABEL_"):
+            monkeypatch.delenv(name)
+    environment = server_environment(tmp_path)
+    assert environment["MSHUB_HOME"] == str(tmp_path)
+    for name in ("SESSION_PATH", "DATASTORE_CACHE_PATH", "DICOMWEB_CACHE_PATH"):
+        assert Path(environment[f"MONAI_LABEL_{name}"]).is_relative_to(tmp_path), name
+
+
+def test_a_pacs_shows_mr_as_well_as_ct(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MONAI_LABEL_DICOMWEB_SEARCH_FILTER", raising=False)
+    assert json.loads(server_environment(tmp_path)["MONAI_LABEL_DICOMWEB_SEARCH_FILTER"]) == {"Modality": "CT,MR"}
+
+
+def test_the_operators_own_settings_win_except_for_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MONAI_LABEL_SESSION_PATH", "/elsewhere")
+    monkeypatch.setenv("MSHUB_HOME", "/not/this/one")
+    environment = server_environment(tmp_path)
+    assert environment["MONAI_LABEL_SESSION_PATH"] == "/elsewhere"
+    assert environment["MSHUB_HOME"] == str(tmp_path)
+
+
+@pytest.mark.parametrize("before", [None, "/a/b"])
+def test_the_app_is_on_the_import_path_of_the_server_and_its_children(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str | None
+) -> None:
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    if before:
+        monkeypatch.setenv("PYTHONPATH", before)
+    found = server_environment(tmp_path)["PYTHONPATH"].split(os.pathsep)
+    assert found == [str(app_folder()), *([before] if before else [])]
+
+
+def test_this_process_keeps_its_own_environment(tmp_path: Path) -> None:
+    before = dict(os.environ)
+    server_environment(tmp_path)
+    assert dict(os.environ) == before
+
+
+def test_a_missing_monailabel_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"make serve.*pip install mshub\[server\]"):
+        run_server([sys.executable, "-c", "raise SystemExit(9)"], {})
+
+
+def test_the_server_takes_this_processes_place_on_posix(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(serve.os, "name", "posix")
+    monkeypatch.setattr(serve.os, "execve", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(serve.subprocess, "call", lambda *_, **__: 0)
+    run_server(["python", "-m", "x"], {"A": "1"})
+    assert calls == [("python", ["python", "-m", "x"], {"A": "1"})]
+
+
+def test_elsewhere_the_servers_exit_code_is_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(serve.os, "name", "nt")
+        assert run_server([sys.executable, "-c", "raise SystemExit(9)"], dict(os.environ)) == 9
+
+
+def test_the_app_and_the_samples_are_found_in_a_checkout() -> None:
+    assert app_folder() == ROOT / "apps" / "mshub"
+    assert sample_data() == ROOT / "sample-data"
+
+
+def test_samples_are_copied_once_and_what_is_there_is_kept(tmp_path: Path) -> None:
+    copy_samples(tmp_path / "studies")
+    copied = sorted((tmp_path / "studies").iterdir())
+    assert [path.name for path in copied] == [path.name for path in sorted((sample_data() / "images").glob("*.nii.gz"))]
+    copied[0].write_text("changed by the user")
+    copied[1].unlink()
+    copy_samples(tmp_path / "studies")
+    assert copied[0].read_text() == "changed by the user"
+    assert copied[1].read_bytes() == (sample_data() / "images" / copied[1].name).read_bytes()
+
+
+def test_an_incomplete_installation_is_a_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("mshub.bundled._CHECKOUT", tmp_path)
+    monkeypatch.setattr("mshub.bundled._PACKAGE", tmp_path)
+    with pytest.raises(StoreError, match="Reinstall MSHub"):
+        app_folder()
+
+
+def test_the_app_says_in_one_sentence_what_to_install_where_mshub_is_missing() -> None:
+    program = "import runpy, sys; sys.path.insert(0, {app!r}); runpy.run_path({main!r}, run_name='main')"
+    code = program.format(app=str(app_folder()), main=str(app_folder() / "main.py"))
+    # -S: no site-packages, so that mshub is not there whatever Python this is
+    done = subprocess.run(
+        [sys.executable, "-S", "-E", "-c", code], capture_output=True, text=True, check=False, cwd=app_folder()
+    )
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "pip install -e ." in done.stderr
