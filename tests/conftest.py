@@ -67,3 +67,13 @@ def installed(store: ModelStore, liver_spleen: Path) -> ModelStore:
 
     add_model(store, "tiny", liver_spleen)
     return store
+
+
+@pytest.fixture
+def monailabel_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MONAI Label in this process: no threads that watch folders, no files outside the test's own."""
+    from monailabel.config import settings
+
+    monkeypatch.setattr(settings, "MONAI_LABEL_DATASTORE_AUTO_RELOAD", False)
+    monkeypatch.setattr(settings, "MONAI_LABEL_SESSION_PATH", str(tmp_path / "sessions"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))

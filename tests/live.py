@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -31,30 +32,41 @@ class LiveServer:
         Such as ``["--studies", "DIR"]``.
     folder : Path
         Where its log goes; also its working directory.
+    command : sequence of str
+        How to start it; ``--port`` is added.
+    probe : str
+        Path that answers when it is up.
     """
 
-    def __init__(self, home: Path, arguments: Sequence[str], folder: Path) -> None:
+    def __init__(
+        self,
+        home: Path,
+        arguments: Sequence[str],
+        folder: Path,
+        command: Sequence[str] = (sys.executable, "-m", "mshub", "serve"),
+        probe: str = "/mshub/status",
+    ) -> None:
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / "server.log"
-        environment = {**os.environ, "MSHUB_HOME": str(home), "OMP_NUM_THREADS": "2"}
+        environment = {**os.environ, "MSHUB_HOME": str(home)}
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "mshub", "serve", *arguments, "--port", str(self.port)],
+                [*command, *arguments, "--port", str(self.port)],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,
                 cwd=folder,
             )
-        self._wait()
+        self._wait(probe)
 
-    def _wait(self) -> None:
+    def _wait(self, probe: str) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
                 raise RuntimeError(f"the server ended with {self._process.returncode}:\n{self.log.read_text()[-4000:]}")
             try:
-                httpx.get(f"{self.url}/mshub/status", timeout=5).raise_for_status()
+                httpx.get(f"{self.url}{probe}", timeout=5).raise_for_status()
             except httpx.HTTPError:
                 time.sleep(0.3)
             else:
@@ -79,6 +91,15 @@ class LiveServer:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+
+@dataclass
+class Site:
+    """A small hospital: a server, its studies folder and its model store."""
+
+    server: LiveServer
+    studies: Path
+    home: Path
 
 
 def _free_port() -> int:

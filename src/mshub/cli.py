@@ -70,15 +70,14 @@ def list_models(as_json: AsJson = False) -> None:
     if as_json:
         _print_json(rows)
         return
-    table = Table(title=f"Models ({store.home})", title_justify="left")
-    for heading in ("id", "title", "modality", "scans", "DSC", "weights", "installed"):
+    # No frame: with one, the titles have no room left in 80 columns.
+    table = Table(title=f"Models ({escape(str(store.home))})", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for heading in ("id", "title", "modality", "scans", "DSC", "weights"):
         table.add_column(heading, overflow="fold", no_wrap=heading != "title")
     for row in rows:
         dsc = "" if row["dsc"] is None else f"{row['dsc']:.2f}"
-        installed = f"[green]{row['version']}[/]" if row["installed"] else ""
-        table.add_row(
-            row["id"], row["title"], row["modality"], row["training_scans"] or "", dsc, row["status"], installed
-        )
+        weights = f"[green]{row['version']} installed[/]" if row["installed"] else row["status"]
+        table.add_row(row["id"], escape(row["title"]), row["modality"], row["training_scans"] or "", dsc, weights)
     out.print(table)
 
 

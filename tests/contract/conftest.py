@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +9,12 @@ import numpy as np
 import pytest
 
 from factories import make_image, make_model_folder
-from live import LiveServer
+from live import LiveServer, Site
 from mshub.install import add_model
 from mshub.store import ModelStore
 
 RECORDED = Path(__file__).parent / "recorded"
 OBLIQUE = np.array([[1.6, -0.4, 0.2, -20], [0.5, 1.2, 0.1, 15], [-0.3, 0.1, 3.0, 8], [0, 0, 0, 1]])
-
-
-@dataclass
-class Site:
-    """A small hospital: a server, its studies folder and its model store."""
-
-    server: LiveServer
-    studies: Path
-    home: Path
 
 
 @pytest.fixture(scope="session")

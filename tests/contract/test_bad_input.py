@@ -17,8 +17,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from conftest import Site
 from factories import make_image
+from live import Site
 
 SHAPE = (19, 23, 17)
 AFFINE = np.diag([1.5, 1.2, 3.0, 1.0])

@@ -12,8 +12,8 @@ import pytest
 from monailabel.client import MONAILabelClient
 from monailabel.client.client import MONAILabelClientException
 
-from conftest import Site
 from factories import make_image, make_model_folder
+from live import Site
 from mshub.install import add_model
 from mshub.store import ModelStore
 

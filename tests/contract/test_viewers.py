@@ -15,7 +15,7 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 from requests_toolbelt.multipart import decoder
 
-from conftest import Site
+from live import Site
 
 
 @pytest.fixture(scope="module")

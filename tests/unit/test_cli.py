@@ -80,11 +80,16 @@ def test_without_a_command_the_help_is_shown(run: Run) -> None:
     assert all(command in result.out + result.err for command in ("list", "add", "predict", "serve", "rollback"))
 
 
-def test_every_model_is_listed_under_its_whole_id(run: Run) -> None:
+def test_the_list_is_readable_in_80_columns(run: Run, installed: ModelStore) -> None:
     result = run("list")
     assert result.code == 0
     for card in Catalogue.load():
-        assert card.id in result.out
+        row = next(line for line in result.out.splitlines() if line.startswith(card.id))
+        assert card.title.split()[0] in row
+        assert all(word in result.out for word in card.title.split())
+        assert card.status in row
+    assert "v1 installed" in next(line for line in result.out.splitlines() if line.startswith("tiny"))
+    assert max(map(len, result.out.splitlines())) <= 80
 
 
 def test_the_list_as_json_has_what_scripts_need(run: Run, installed: ModelStore) -> None:
@@ -151,12 +156,12 @@ def test_a_model_is_added_with_a_card_of_its_own(
 ) -> None:
     card = tmp_path / "card.toml"
     card.write_text(
-        'id = "ours"\ntitle = "Ours [CT]"\nsite = "abdomen"\nmodality = "CT"\ntarget = "liver"\nstatus = "local"\n'
+        'id = "ours"\ntitle = "Ours [red][/x]"\nsite = "abdomen"\nmodality = "CT"\ntarget = "liver"\nstatus = "local"\n'
         "generation = 2\n"
     )
     assert run("add", "ours", liver_spleen, "--card", card).code == 0
-    assert store.catalogue().get("ours").title == "Ours [CT]"
-    assert "Ours [CT]" in run("list").out
+    assert store.catalogue().get("ours").title == "Ours [red][/x]"
+    assert "Ours [red][/x]" in run("list").out
 
 
 def test_verify_tells_how_many_files_are_as_installed(run: Run, installed: ModelStore) -> None:

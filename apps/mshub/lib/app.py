@@ -22,7 +22,7 @@ from lib.conf import Config
 from lib.datastore import StudiesFolder
 from lib.faults import as_http_errors, not_found
 from lib.infers import NNUNetInferTask
-from mshub.nnunet.predictor import NetworkCache
+from mshub.nnunet.predictor import NetworkCache, available_devices
 from mshub.store import ModelStore
 
 logger = logging.getLogger(__name__)
@@ -142,6 +142,10 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
             label = datastore.save_label(request["image_id"], path, tag, {"model": task.model_id, "params": params})
         return {"label": label, "tag": DefaultLabelTag.ORIGINAL.value, "file": path, "params": params}
 
+    def batch_infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> Any:
+        """Segment many images; MONAI Label, left to itself, shares them among the GPUs and divides by their number."""
+        return super().batch_infer({"multi_gpu": available_devices() != ["cpu"], **request}, datastore)
+
     def next_sample(self, request: dict[str, Any]) -> dict[str, Any]:
         """Return the next case to label; 404 for an unknown strategy."""
         strategy = request.get("strategy") or "random"
@@ -152,8 +156,8 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
 
     def _task(self, model: Any) -> NNUNetInferTask:
         self._refresh()
-        if model not in self._infers:
-            if model in self.store.catalogue() and model not in self.store.installed():
+        if not isinstance(model, str) or model not in self._infers:
+            if model in self.store.catalogue().ids and model not in self.store.installed():
                 with as_http_errors():
                     self.store.current(model)  # raises, and says how to install it
             raise not_found("model", str(model), sorted(self._infers))
