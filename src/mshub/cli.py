@@ -76,7 +76,7 @@ def list_models(as_json: AsJson = False) -> None:
         table.add_column(heading, overflow="fold", no_wrap=heading != "title")
     for row in rows:
         dsc = "" if row["dsc"] is None else f"{row['dsc']:.2f}"
-        weights = f"[green]{row['version']} installed[/]" if row["installed"] else row["status"]
+        weights = f"[green]here ({row['version']})[/]" if row["installed"] else row["status"]
         table.add_row(row["id"], escape(row["title"]), row["modality"], row["training_scans"] or "", dsc, weights)
     out.print(table)
 

@@ -88,7 +88,7 @@ def test_the_list_is_readable_in_80_columns(run: Run, installed: ModelStore) -> 
         assert card.title.split()[0] in row
         assert all(word in result.out for word in card.title.split())
         assert card.status in row
-    assert "v1 installed" in next(line for line in result.out.splitlines() if line.startswith("tiny"))
+    assert "here (v1)" in next(line for line in result.out.splitlines() if line.startswith("tiny"))
     assert max(map(len, result.out.splitlines())) <= 80
 
 
@@ -156,12 +156,13 @@ def test_a_model_is_added_with_a_card_of_its_own(
 ) -> None:
     card = tmp_path / "card.toml"
     card.write_text(
-        'id = "ours"\ntitle = "Ours [red][/x]"\nsite = "abdomen"\nmodality = "CT"\ntarget = "liver"\nstatus = "local"\n'
+        'id = "ours"\ntitle = "[red][/x]"\nsite = "abdomen"\nmodality = "CT"\ntarget = "liver"\nstatus = "local"\n'
         "generation = 2\n"
     )
     assert run("add", "ours", liver_spleen, "--card", card).code == 0
-    assert store.catalogue().get("ours").title == "Ours [red][/x]"
-    assert "Ours [red][/x]" in run("list").out
+    assert store.catalogue().get("ours").title == "[red][/x]"
+    assert "[red][/x]" in run("list").out
+    assert "[red][/x]" in run("show", "ours").out
 
 
 def test_verify_tells_how_many_files_are_as_installed(run: Run, installed: ModelStore) -> None:
