@@ -18,6 +18,7 @@ from mshub.bundled import sample_data
 from mshub.catalogue import Catalogue, ModelCard, draft_card, dump_card, load_card
 from mshub.errors import CatalogueError, LabelError, ModelFolderError, ModelNotAvailable, StoreError
 from mshub.fetch import fetch_weights
+from mshub.nnunet.engine import check_weights
 from mshub.nnunet.folder import ModelFolder
 from mshub.store import ModelStore, ModelVersion
 
@@ -61,6 +62,7 @@ def add_model(
         folder = ModelFolder.open(model)
         card = card or draft_card(model_id, folder.dataset)
         _check_against_card(folder, card)
+        check_weights(folder)
         version = store.publish(model_id, model, _record(folder, card, {"how": "added", "from": source.name}))
     if card_path or model_id not in known:
         store.keep_card(card)

@@ -144,7 +144,10 @@ class ModelStore:
         return self.version(model_id, name)
 
     def history(self, model_id: str) -> list[dict[str, Any]]:
-        """Return every promotion of a model, oldest first: ``time``, ``from``, ``to``, ``reason``."""
+        """Return every change of a model's current version, oldest first.
+
+        Each is a dict with ``time``, ``from``, ``to``, ``reason`` and ``rollback`` (whether it undid a promotion).
+        """
         path = self._models / model_id / "history.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         return [json.loads(line) for line in lines if line.strip()]
@@ -182,12 +185,13 @@ class ModelStore:
         Returns
         -------
         ModelVersion
-            The new version, or the existing one when its files are the same.
+            The new version, or the existing one when its files and its card are the same. A corrected card makes a
+            new version: what an installed version does never changes.
         """
         files = tree_sha256(model)
         with self._locked(model_id) as folder:
             for version in self.versions(model_id):
-                if version.record["files"] == files:
+                if (version.record["files"], version.record.get("card")) == (files, record.get("card")):
                     self._serve_if_none(folder, version.version)
                     return version
             number = max((version.number for version in self.versions(model_id)), default=0) + 1
@@ -216,17 +220,19 @@ class ModelStore:
         return chosen
 
     def rollback(self, model_id: str) -> ModelVersion:
-        """Make the version current again that was current before the last promotion.
+        """Undo the last promotion; a second rollback undoes the one before it.
 
         Raises
         ------
         StoreError
-            Nothing was ever promoted over another version.
+            No promotion is left to undo.
         """
-        steps = [step for step in self.history(model_id) if step["from"] not in (None, step["to"])]
-        if not steps:
-            raise StoreError(f"{model_id} has only ever served one version; there is nothing to go back to.")
-        return self.promote(model_id, steps[-1]["from"], f"rollback from {steps[-1]['to']}")
+        served = self._promotions(model_id)
+        if len(served) < 2:
+            raise StoreError(f"{model_id} serves the version it started with; there is nothing to go back to.")
+        with self._locked(model_id) as folder:
+            self._set_current(folder, served[-2], f"rollback from {served[-1]}", rollback=True)
+        return self.version(model_id, served[-2])
 
     def verify(self, model_id: str, version: str | None = None) -> ModelVersion:
         """Compare every file of a version with the sha256 recorded when it was published.
@@ -247,6 +253,16 @@ class ModelStore:
         return chosen
 
     # -- private ------------------------------------------------------------------------------------------------
+
+    def _promotions(self, model_id: str) -> list[str]:
+        """Return the versions promoted and not rolled back, each once in a row; the last one serves."""
+        served: list[str] = []
+        for step in self.history(model_id):
+            if step["rollback"]:
+                served.pop()
+            elif served[-1:] != [step["to"]]:
+                served.append(step["to"])
+        return served
 
     @contextmanager
     def _locked(self, model_id: str) -> Iterator[Path]:
@@ -275,6 +291,7 @@ class ModelStore:
         model.replace(assembled / "model")
         _write_synced(assembled / "version.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         _make_read_only(assembled)
+        assembled.chmod(0o755)  # temporary folders are private; a store may be shared
         assembled.replace(target)
 
     def _serve_if_none(self, folder: Path, version: str) -> None:
@@ -282,8 +299,9 @@ class ModelStore:
         if self._current_name(folder) is None:
             self._set_current(folder, version, "first version")
 
-    def _set_current(self, folder: Path, version: str, reason: str) -> None:
-        step = {"time": _now(), "from": self._current_name(folder), "to": version, "reason": reason}
+    def _set_current(self, folder: Path, version: str, reason: str, rollback: bool = False) -> None:
+        before = self._current_name(folder)
+        step = {"time": _now(), "from": before, "to": version, "reason": reason, "rollback": rollback}
         with (folder / "history.jsonl").open("a", encoding="utf-8") as history:
             history.write(json.dumps(step, ensure_ascii=False) + "\n")
         _replace(folder / "current", version + "\n")

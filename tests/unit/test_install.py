@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from factories import make_model_folder
 from mshub.bundled import sample_data
 from mshub.catalogue import load_card
 from mshub.errors import (
@@ -175,6 +176,16 @@ def test_an_own_model_can_be_added_again_with_a_better_card(store: ModelStore, l
     assert store.catalogue().get("our-liver").notes == ("venous phase",)
 
 
+def test_a_corrected_card_makes_a_version_that_waits_for_promotion(
+    store: ModelStore, liver_spleen: Path, card: Any
+) -> None:
+    add_model(store, "our-liver", liver_spleen, card_path=card(""))
+    corrected = add_model(store, "our-liver", liver_spleen, card_path=card("input_clip = [-125, 275]\n"))
+    assert (corrected.version, store.current("our-liver").version) == ("v2", "v1")
+    assert store.current("our-liver").card.input_clip is None
+    assert corrected.card.input_clip == (-125, 275)
+
+
 @pytest.mark.parametrize(
     ("more", "error", "message"),
     [
@@ -237,6 +248,15 @@ def test_damaged_weights_are_refused_and_nothing_is_left(store: ModelStore, live
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(ModelFolderError, match=r"checkpoint_final\.pth"):
         add_model(store, "tiny", broken)
+    assert_nothing_is_left(store)
+
+
+def test_weights_of_a_later_fold_that_do_not_fit_are_refused(store: ModelStore, tmp_path: Path) -> None:
+    model = make_model_folder(tmp_path / "mixed", folds=("0", "1"))
+    other = make_model_folder(tmp_path / "other", channels=("T1", "T2"))
+    shutil.copyfile(other / "fold_0" / "checkpoint_final.pth", model / "fold_1" / "checkpoint_final.pth")
+    with pytest.raises(ModelFolderError, match="do not fit the architecture"):
+        add_model(store, "tiny", model)
     assert_nothing_is_left(store)
 
 

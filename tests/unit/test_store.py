@@ -21,14 +21,14 @@ CARD = draft_card("tiny", {"labels": {"background": 0, "liver": 1}, "channel_nam
 RECORD = {"origin": {"how": "added"}, "labels": {"liver": 1}, "parent": None, "card": dump_card(CARD)}
 
 
-def publish(store: ModelStore, content: str, model_id: str = "tiny") -> ModelVersion:
+def publish(store: ModelStore, content: str, model_id: str = "tiny", **facts: str) -> ModelVersion:
     """Publish a model of two files, one of which holds `content`."""
     with store.staging() as staging:
         model = staging / "model"
         (model / "fold_0").mkdir(parents=True)
         (model / "plans.json").write_text("{}")
         (model / "fold_0" / "checkpoint_final.pth").write_text(content)
-        return store.publish(model_id, model, RECORD)
+        return store.publish(model_id, model, {**RECORD, **facts})
 
 
 def left_behind(store: ModelStore) -> list[Path]:
@@ -219,6 +219,25 @@ def test_a_rollback_returns_to_the_version_before_the_last_promotion(store: Mode
     assert store.rollback("tiny").version == "v3"
     assert store.current("tiny").version == "v3"
     assert store.history("tiny")[-1]["reason"] == "rollback from v2"
+
+
+def test_a_second_rollback_undoes_the_promotion_before(store: ModelStore) -> None:
+    for content in ("one", "two", "three"):
+        publish(store, content)
+    store.promote("tiny", "v2", "better")
+    store.promote("tiny", "v3", "better still")
+    assert [store.rollback("tiny").version, store.rollback("tiny").version] == ["v2", "v1"]
+    with pytest.raises(StoreError, match="nothing to go back to"):
+        store.rollback("tiny")
+    store.promote("tiny", "v3", "after all")
+    assert store.rollback("tiny").version == "v1"
+
+
+def test_the_same_files_with_another_card_are_another_version(store: ModelStore) -> None:
+    first = publish(store, "one", card="a card")
+    assert publish(store, "one", card="a card").version == first.version
+    assert publish(store, "one", card="a corrected card").version == "v2"
+    assert store.current("tiny").version == "v1"
 
 
 def test_promoting_what_serves_already_does_not_spoil_the_rollback(store: ModelStore) -> None:

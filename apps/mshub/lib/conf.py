@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
 
-from mshub.errors import ConfigError
-from mshub.nnunet.predictor import PROFILES
+from mshub.errors import CaseError, ConfigError
+from mshub.nnunet.predictor import PROFILES, resolve_device
 from mshub.store import default_home
 
 ENVIRONMENT_PREFIX = "MSHUB_"
@@ -61,7 +61,7 @@ class Config:
         return cls(
             home=Path(chosen["home"]).expanduser() if chosen.get("home") else default_home(),
             models=tuple(name.strip() for name in chosen.get("models", "").split(",") if name.strip()),
-            device=chosen.get("device") or cls.device,
+            device=_device(chosen.get("device") or cls.device),
             profile=_one_of("profile", chosen.get("profile") or cls.profile, tuple(PROFILES)),
             cache_gb=_positive("cache_gb", chosen.get("cache_gb") or cls.cache_gb),
         )
@@ -83,6 +83,14 @@ def _one_of(key: str, value: str, known: tuple[str, ...]) -> str:
     if value not in known:
         raise ConfigError(f"{key} is {value!r}; expected one of {', '.join(known)}.")
     return value
+
+
+def _device(name: str) -> str:
+    try:
+        resolve_device(name)
+    except CaseError as error:
+        raise ConfigError(str(error)) from error
+    return name
 
 
 def _positive(key: str, value: str | float) -> float:

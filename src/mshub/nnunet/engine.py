@@ -136,6 +136,18 @@ class Engine:
         return segmentation
 
 
+def check_weights(folder: ModelFolder) -> None:
+    """Load the weights of every fold into the network, so that a model that cannot run is refused when it is added.
+
+    Raises
+    ------
+    ModelFolderError
+        A checkpoint is damaged, or its weights do not fit the architecture.
+    """
+    for fold in folder.folds:
+        _build_network(folder, folder.checkpoint(fold)["network_weights"])
+
+
 def _build_network(folder: ModelFolder, weights: dict[str, Any]) -> torch.nn.Module:
     """Build the architecture the plans name and load `weights` into it, every tensor accounted for.
 

@@ -39,6 +39,7 @@ def test_a_home_may_begin_with_a_tilde() -> None:
     ("conf", "environment", "message"),
     [
         ({"modles": "starter"}, {}, r"Unknown option modles \(--conf modles or MSHUB_MODLES\)\. Did you mean models\?"),
+        ({"device": "tpu"}, {}, "device .tpu. is unknown"),
         ({}, {"MSHUB_DEVCE": "cpu"}, r"MSHUB_DEVCE\)\. Did you mean device\?"),
         ({"colour": "blue"}, {}, "Known: home, models, device, profile, cache_gb"),
         ({"Device": "cpu"}, {}, "Unknown option Device"),
