@@ -280,13 +280,13 @@ def serve(
     conf: Annotated[list[str] | None, typer.Option(help="KEY=VALUE option of the app; repeatable.")] = None,
 ) -> None:
     """Start the MONAI Label server with all installed models."""
-    from mshub.serve import run_server, server_command, server_environment
+    from mshub.serve import run_server, server_command, server_environment, write_log_config
 
     if (studies is None) == (not sample):
         raise ConfigError("Say what to serve: either --studies DIR (or a DICOMweb address) or --sample.")
     store = ModelStore()
     folder = _prepare_samples(store) if sample else _studies(str(studies))
-    command = server_command(folder, host, port, _pairs(conf or []))
+    command = server_command(folder, host, port, _pairs(conf or []), write_log_config(store.home))
     _announce(store, folder, host, port)
     raise typer.Exit(run_server(command, server_environment(store.home)))
 
@@ -344,7 +344,10 @@ def _announce(store: ModelStore, studies: str, host: str, port: int) -> None:
             "labels. Keep it inside a trusted network.[/]",
             soft_wrap=True,
         )
-    out.print("  Starting takes half a minute; stop with Ctrl+C.")
+    out.print(
+        f"  It is up when the last line says so; stop with Ctrl+C. Log: {escape(_near(store.home))}/logs/server.log",
+        soft_wrap=True,
+    )
 
 
 def _this_command() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -13,17 +14,53 @@ from mshub.bundled import app_folder
 from mshub.errors import ConfigError
 
 WHOLE_NETWORK = "0.0.0.0"
+LOG_BYTES, LOG_FILES = 10 * 2**20, 10
 
 
-def server_command(studies: str, host: str, port: int, conf: Mapping[str, str]) -> list[str]:
-    """Return the command line of the server."""
+def server_command(studies: str, host: str, port: int, conf: Mapping[str, str], log_config: Path) -> list[str]:
+    """Return the command line of the server; `log_config` is what `write_log_config` returned."""
     pairs = [part for key, value in conf.items() for part in ("--conf", key, value)]
     return [
-        *(sys.executable, "-m", "monailabel.main", "start_server"),
+        *(sys.executable, "-m", "lib.server.launch", "start_server"),
         *("--app", str(app_folder()), "--studies", studies, "--host", host, "--port", str(port)),
-        *("--uvicorn_app", "lib.server.asgi:app"),
+        *("--uvicorn_app", "lib.server.asgi:app", "--log_config", str(log_config), "--verbose", "WARNING"),
         *pairs,
     ]
+
+
+def write_log_config(home: Path) -> Path:
+    """Write the server's logging configuration and return its path.
+
+    What MSHub and the web server do goes to the screen and, with times, to ``logs/server.log`` under `home`; of MONAI
+    Label, which logs every request with its parameters, only warnings do.
+    """
+    folder = home / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    both = {"handlers": ["screen", "file"], "propagate": False}
+    config = {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {
+            "short": {"format": "%(asctime)s %(levelname)-7s %(message)s", "datefmt": "%H:%M:%S"},
+            "long": {"format": "%(asctime)s %(levelname)-7s %(process)d %(threadName)s %(name)s: %(message)s"},
+        },
+        "handlers": {
+            "screen": {"class": "logging.StreamHandler", "formatter": "short"},
+            "file": {
+                "class": "logging.handlers.RotatingFileHandler",
+                "formatter": "long",
+                "filename": str(folder / "server.log"),
+                "maxBytes": LOG_BYTES,
+                "backupCount": LOG_FILES,
+                "encoding": "utf-8",
+            },
+        },
+        "root": {"level": "WARNING", "handlers": ["screen", "file"]},
+        "loggers": {name: {"level": "INFO", **both} for name in ("mshub", "lib", "uvicorn")},
+    }
+    path = folder / "logging.json"
+    path.write_text(json.dumps(config, indent=2), encoding="utf-8")
+    return path
 
 
 def server_environment(home: Path) -> dict[str, str]:

@@ -15,14 +15,15 @@ import pytest
 from mshub import serve
 from mshub.bundled import app_folder, copy_samples, sample_data
 from mshub.errors import ConfigError, StoreError
-from mshub.serve import run_server, server_command, server_environment
+from mshub.serve import run_server, server_command, server_environment, write_log_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_server_is_monailabels_own_with_our_app(tmp_path: Path) -> None:
-    command = server_command(str(tmp_path / "my studies"), "0.0.0.0", 8123, {"device": "cpu", "models": "a,b"})
-    assert command[:4] == [sys.executable, "-m", "monailabel.main", "start_server"]
+    conf = {"device": "cpu", "models": "a,b"}
+    command = server_command(str(tmp_path / "my studies"), "0.0.0.0", 8123, conf, tmp_path / "logging.json")
+    assert command[:4] == [sys.executable, "-m", "lib.server.launch", "start_server"]
     options = dict(zip(command[4::2], command[5::2], strict=False))
     assert options["--app"] == str(app_folder())
     assert options["--studies"] == str(tmp_path / "my studies")
@@ -32,7 +33,21 @@ def test_the_server_is_monailabels_own_with_our_app(tmp_path: Path) -> None:
 
 
 def test_without_options_the_app_gets_none() -> None:
-    assert "--conf" not in server_command("studies", "127.0.0.1", 8000, {})
+    assert "--conf" not in server_command("studies", "127.0.0.1", 8000, {}, Path("logging.json"))
+
+
+def test_the_log_keeps_what_mshub_does_and_of_others_only_warnings(tmp_path: Path) -> None:
+    configuration = json.loads(write_log_config(tmp_path).read_text())
+    script = (
+        "import json, logging.config, sys\n"
+        "logging.config.dictConfig(json.loads(sys.argv[1]))\n"
+        "logging.getLogger('lib.app').info('ours')\n"
+        "logging.getLogger('monailabel.endpoints.infer').info('a request with its parameters')\n"
+        "logging.getLogger('monailabel.datastore').warning('theirs')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, json.dumps(configuration)], capture_output=True, text=True)
+    assert [line[9:] for line in done.stderr.splitlines()] == ["INFO    ours", "WARNING theirs"]
+    assert "lib.app: ours" in (tmp_path / "logs" / "server.log").read_text()
 
 
 def test_everything_the_server_writes_lies_under_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,11 +95,15 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         """Return what the server is doing, for people and scripts."""
         return {
             "version": mshub.__version__,
-            "home": str(self.store.home),
             "models": {model: self.store.current(model).version for model in self._served()},
             "loaded": [str(Path(path).relative_to(self.store.home)) for path in self.cache.loaded()],
             **self.activity.as_dict(),
         }
+
+    def on_init_complete(self) -> None:
+        """Start MONAI Label's clean-up of sessions, without its scheduler's chatter."""
+        logging.getLogger("timeloop").disabled = True
+        super().on_init_complete()
 
     def _download_dcmqi_tools(self) -> None:
         """Fetch MONAI Label's DICOM SEG writer where it can be had; reading a PACS works without it."""
