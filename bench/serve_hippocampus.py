@@ -31,7 +31,7 @@ MODEL_ID = "hippocampus-mr"
 ENDING = ".nii.gz"
 
 
-def serve_and_predict(model: Path, images: list[Path], target: Path, home: Path) -> list[float]:
+def serve_and_predict(model: Path, images: list[Path], target: Path, home: Path, profile: str) -> list[float]:
     """Install `model`, serve `images`, write every label to `target`; returns seconds per request."""
     studies = home / "studies"
     studies.mkdir(parents=True)
@@ -40,7 +40,7 @@ def serve_and_predict(model: Path, images: list[Path], target: Path, home: Path)
     subprocess.run([sys.executable, "-m", "mshub", "add", MODEL_ID, str(model)], env=_environment(home), check=True)
     server = LiveServer(home, ["--studies", str(studies)], home)
     try:
-        return [_predict(server, image, target) for image in images]
+        return [_predict(server, image, target, profile) for image in images]
     finally:
         server.stop()
 
@@ -49,11 +49,11 @@ def _environment(home: Path) -> dict[str, str]:
     return {**os.environ, "MSHUB_HOME": str(home)}
 
 
-def _predict(server: LiveServer, image: Path, target: Path) -> float:
+def _predict(server: LiveServer, image: Path, target: Path, profile: str) -> float:
     case = image.name.removesuffix(f"_0000{ENDING}")
     with tempfile.TemporaryDirectory() as scratch:
         started = time.perf_counter()
-        label, params = server.client(Path(scratch)).infer(MODEL_ID, case, {})
+        label, params = server.client(Path(scratch)).infer(MODEL_ID, case, {"profile": profile})
         seconds = time.perf_counter() - started
         if list(params["label_names"]) != ["hippocampus_anterior", "hippocampus_posterior"]:
             raise RuntimeError(f"unexpected structures: {params['label_names']}")
@@ -85,6 +85,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data" / "hippocampus")
     parser.add_argument("--model", type=Path, default=ROOT / "bench" / "out" / "hippocampus")
     parser.add_argument("--cases", type=int, default=1000, help="unseen cases at most")
+    parser.add_argument("--profile", default="accurate", help="profile of our requests; nnU-Net always mirrors")
     arguments = parser.parse_args()
     unseen = json.loads((arguments.model / "cases.json").read_text(encoding="utf-8"))["unseen"][: arguments.cases]
     images = [arguments.data / "imagesTr" / f"{case}_0000{ENDING}" for case in unseen]
@@ -93,10 +94,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         ours, theirs = Path(scratch) / "ours", Path(scratch) / "theirs"
         ours.mkdir()
-        seconds = serve_and_predict(arguments.model, images, ours, Path(scratch) / "home")
+        seconds = serve_and_predict(arguments.model, images, ours, Path(scratch) / "home", arguments.profile)
         predict_with_nnunet(arguments.model, images, theirs)
         report = {
             "unseen_cases": len(unseen),
+            "profile": arguments.profile,
             "dice_through_the_server": _summary(score(ours, references, labels)),
             "dice_of_stock_nnunet": _summary(score(theirs, references, labels)),
             "differing_voxels": differing_voxels(ours, theirs),

@@ -5,23 +5,19 @@ Commands import what they need when they run: ``mshub list`` does not wait for t
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import shlex
-import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
 
 import mshub
 from mshub.catalogue import ModelCard
+from mshub.console import bytes_progress, err, near, out, print_json, readable, this_command, tile_progress
 from mshub.errors import ConfigError, MSHubError
 from mshub.store import ModelStore, ModelVersion
 
@@ -32,8 +28,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-out, err = Console(highlight=False), Console(stderr=True, highlight=False)
-
 ModelId = Annotated[str, typer.Argument(metavar="ID", help="Model id; see `mshub list`.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -68,7 +62,7 @@ def list_models(as_json: AsJson = False) -> None:
     store = ModelStore()
     rows = [_summary(card, store) for card in store.catalogue()]
     if as_json:
-        _print_json(rows)
+        print_json(rows)
         return
     # No frame: with one, the titles have no room left in 80 columns.
     table = Table(title=f"Models ({escape(str(store.home))})", title_justify="left", box=None, padding=(0, 2, 0, 0))
@@ -93,12 +87,12 @@ def show(model_id: ModelId, as_json: AsJson = False) -> None:
             {key: record[key] for key in ("channels", "configuration", "folds", "trainer", "origin", "created")}
         )
     if as_json:
-        _print_json(facts)
+        print_json(facts)
         return
     table = Table(show_header=False, title=escape(card.title), title_justify="left")
     for key, value in facts.items():
         if value not in (None, [], {}, ""):
-            table.add_row(f"[bold]{key}[/]", escape(_readable(value)))
+            table.add_row(f"[bold]{key}[/]", escape(readable(value)))
     out.print(table)
 
 
@@ -120,7 +114,7 @@ def fetch(model_id: ModelId) -> None:
     """Download a model's weights and install them."""
     from mshub.install import fetch_model
 
-    with _bytes_progress() as progress:
+    with bytes_progress() as progress:
         task = progress.add_task(model_id, total=None, visible=False)
         version = fetch_model(
             ModelStore(),
@@ -155,7 +149,7 @@ def versions(model_id: ModelId, as_json: AsJson = False) -> None:
         for version in store.versions(model_id)
     ]
     if as_json:
-        _print_json(rows)
+        print_json(rows)
         return
     table = Table("version", "current", "created", "parent", "origin")
     for row in rows:
@@ -164,7 +158,7 @@ def versions(model_id: ModelId, as_json: AsJson = False) -> None:
             "*" if row["current"] else "",
             str(row["created"]),
             str(row["parent"] or ""),
-            escape(_readable(row["origin"])),
+            escape(readable(row["origin"])),
         )
     out.print(table)
 
@@ -210,7 +204,8 @@ def predict(
 ) -> None:
     """Segment one case and write the label on the image's own grid."""
     from mshub.nnunet.folder import ModelFolder
-    from mshub.nnunet.predictor import PROFILES, NetworkCache, NNUNetPredictor, PredictOptions
+    from mshub.nnunet.network_cache import NetworkCache
+    from mshub.nnunet.predictor import PROFILES, NNUNetPredictor, PredictOptions
     from mshub.volume_io import write_volume
 
     if profile not in PROFILES:
@@ -223,7 +218,7 @@ def predict(
         device,
         version.card.input_clip,
     )
-    with _tile_progress() as progress:
+    with tile_progress() as progress:
         task = progress.add_task(f"{model_id} {version.version}", total=None)
         predictor = NNUNetPredictor(ModelFolder.open(version.model_path), NetworkCache())
         prediction = predictor.predict(
@@ -332,10 +327,10 @@ def _announce(store: ModelStore, studies: str, host: str, port: int) -> None:
         f"  OHIF viewer      [cyan]{url}/ohif/[/]  (shows DICOM: needs --studies DICOMWEB-ADDRESS)", soft_wrap=True
     )
     out.print(f"  API and status   [cyan]{url}/[/]  [cyan]{url}/mshub/status[/]")
-    example = next(iter(sorted(Path(studies).glob("*.nii.gz"))), None) if "://" not in studies else None
-    if models and example:
+    model, example = _example(store, studies)
+    if model and example:
         out.print(
-            f"  in a terminal    {_this_command()} predict {models[0]} {escape(_near(example))} -o label.nii.gz",
+            f"  in a terminal    {this_command()} predict {model} {escape(near(example))} -o label.nii.gz",
             soft_wrap=True,
         )
     if host not in ("127.0.0.1", "localhost", "::1"):
@@ -345,25 +340,16 @@ def _announce(store: ModelStore, studies: str, host: str, port: int) -> None:
             soft_wrap=True,
         )
     out.print(
-        f"  It is up when the last line says so; stop with Ctrl+C. Log: {escape(_near(store.home))}/logs/server.log",
+        f"  It is up when the last line says so; stop with Ctrl+C. Log: {escape(near(store.home))}/logs/server.log",
         soft_wrap=True,
     )
 
 
-def _this_command() -> str:
-    """Return how to run this program again, with the store it used, so that a pasted line works."""
-    home, program = os.environ.get("MSHUB_HOME"), Path(sys.argv[0])
-    if program.name == "__main__.py":
-        command = f"{shlex.quote(sys.executable)} -m mshub"
-    else:
-        command = "mshub" if shutil.which("mshub") == str(program) else shlex.quote(_near(program))
-    return f"MSHUB_HOME={shlex.quote(_near(Path(home)))} {command}" if home else command
-
-
-def _near(path: Path) -> str:
-    """Return `path` as seen from the working directory where it is inside it."""
-    absolute = path.absolute()
-    return str(absolute.relative_to(Path.cwd()) if absolute.is_relative_to(Path.cwd()) else absolute)
+def _example(store: ModelStore, studies: str) -> tuple[str | None, Path | None]:
+    """Return a model with one channel, the starter first, and an image to try it on."""
+    models = [model for model in store.installed() if len(store.current(model).record["channels"]) == 1]
+    images = sorted(Path(studies).glob("*.nii.gz")) if "://" not in studies else []
+    return next(iter(sorted(models, key=lambda model: model != "starter")), None), next(iter(images), None)
 
 
 # -- shared -----------------------------------------------------------------------------------------------------------
@@ -390,41 +376,3 @@ def _report_installed(version: ModelVersion) -> None:
     out.print(f"[green]{version.model_id} {version.version}[/] is installed: {escape(names)}.", soft_wrap=True)
     if version.version != ModelStore().current(version.model_id).version:
         out.print(f"Another version is serving; switch with `mshub promote {version.model_id} {version.version}`.")
-
-
-def _readable(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key}: {item}" for key, item in value.items())
-    if isinstance(value, list):
-        return "\n".join(map(_readable, value)) if value and isinstance(value[0], dict) else ", ".join(map(str, value))
-    return str(value)
-
-
-def _print_json(content: Any) -> None:
-    sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def _bytes_progress() -> Any:
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=err)
-
-
-def _tile_progress() -> Any:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("tiles"),
-        TimeElapsedColumn(),
-    )
-    return Progress(*columns, console=err)

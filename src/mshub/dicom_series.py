@@ -21,18 +21,14 @@ from pydicom.errors import InvalidDicomError
 from pydicom.uid import UID
 
 from mshub.errors import CaseError, GeometryError
-from mshub.geometry import (
+from mshub.geometry import Grid, Volume, check_same_grid, from_sitk, ras_affine
+from mshub.image_limits import (
     MAX_VOXELS,
     MIN_SPACING_MM,
     MIN_VOXELS_PER_AXIS,
     SHEAR_TOLERANCE,
-    Grid,
-    Volume,
-    check_same_grid,
     check_spacing,
     check_voxel_count,
-    from_sitk,
-    ras_affine,
 )
 
 logger = logging.getLogger(__name__)

@@ -22,7 +22,25 @@ import numpy as np
 import numpy.typing as npt
 import SimpleITK as sitk  # noqa: N813 -- the name its own documentation uses
 
-from mshub.errors import CaseError, ChannelError, GeometryError
+from mshub.errors import ChannelError, GeometryError
+from mshub.image_limits import check_affine, check_shape, check_spacing, text_xyz
+
+__all__ = [
+    "SAME_GRID_TOLERANCE_MM",
+    "Affine",
+    "Array",
+    "Grid",
+    "Volume",
+    "check_channels",
+    "check_fits",
+    "check_same_grid",
+    "from_sitk",
+    "grid_from_sitk",
+    "lps_affine",
+    "ras_affine",
+    "same_grid",
+    "to_sitk",
+]
 
 Array = npt.NDArray[Any]
 Affine = npt.NDArray[np.float64]
@@ -30,17 +48,6 @@ Affine = npt.NDArray[np.float64]
 #: Two grids are one when no corner moves farther than this. NIfTI stores float32 (2e-5 mm on a body-sized image) and
 #: DICOM rounds positions to decimal strings (1e-3 mm on a real MR series): both stay below; half a voxel never does.
 SAME_GRID_TOLERANCE_MM = 1e-2
-#: Largest cosine between two voxel axes still taken for a right angle (0.06 degrees).
-SHEAR_TOLERANCE = 1e-3
-#: Below this volume of the unit axes' parallelepiped the axes lie in one plane.
-SINGULAR_TOLERANCE = 1e-3
-#: Voxels outside this range are a wrong unit or a broken header, not anatomy.
-MIN_SPACING_MM = 1e-3
-MAX_SPACING_MM = 100.0
-#: A network needs context along every axis; one slice is a picture.
-MIN_VOXELS_PER_AXIS = 2
-#: Checked against the header, before anything is decompressed: 2**31 is a 1290-voxel cube.
-MAX_VOXELS = 2**31
 
 _LPS_FROM_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
@@ -73,7 +80,7 @@ class Grid:
     def __post_init__(self) -> None:
         shape = check_shape(self.shape_xyz)
         affine = np.array(self.affine_ras, dtype=np.float64)
-        _check_affine(affine)
+        check_affine(affine)
         affine.flags.writeable = False
         object.__setattr__(self, "shape_xyz", shape)
         object.__setattr__(self, "affine_ras", affine)
@@ -126,50 +133,6 @@ class Volume:
         check_fits(self.array_xyz, self.grid)
 
 
-def check_shape(shape: Sequence[int]) -> tuple[int, int, int]:
-    """Return `shape` as three ints.
-
-    Raises
-    ------
-    GeometryError
-        Not three axes, or an axis shorter than `MIN_VOXELS_PER_AXIS`.
-    """
-    sizes = tuple(int(size) for size in shape)
-    if len(sizes) > 3:
-        raise GeometryError(
-            f"found a {len(sizes)}-D image of {text_xyz(sizes)} voxels ({text_xyz(sizes[3:])} time points or "
-            "channels), expected one 3-D volume; save the wanted time point or channel as a file of its own, e.g. with "
-            "fslsplit or 3D Slicer"
-        )
-    if len(sizes) < 3:
-        raise GeometryError(
-            f"found a {len(sizes)}-D image of {text_xyz(sizes)} voxels, expected a 3-D volume; "
-            "save the whole stack of slices as one volume, e.g. with 3D Slicer"
-        )
-    if min(sizes) < MIN_VOXELS_PER_AXIS:
-        raise GeometryError(
-            f"found {text_xyz(sizes)} voxels: a single slice is no volume, expected at least {MIN_VOXELS_PER_AXIS} "
-            "voxels along every axis; give the whole series"
-        )
-    return sizes[0], sizes[1], sizes[2]
-
-
-def check_voxel_count(shape: Sequence[int], max_voxels: int = MAX_VOXELS) -> None:
-    """Refuse an image of more than `max_voxels` voxels; cheap, so call it before anything is decompressed.
-
-    Raises
-    ------
-    CaseError
-        Too many voxels.
-    """
-    count = int(np.prod([int(size) for size in shape], dtype=object))
-    if count > max_voxels:
-        raise CaseError(
-            f"found {text_xyz(shape)} = {count} voxels, expected at most {max_voxels}; crop or resample the image, or "
-            "raise the limit if the machine has the memory"
-        )
-
-
 def check_fits(array_xyz: Array, grid: Grid) -> None:
     """Refuse an array that has another shape than its grid.
 
@@ -182,32 +145,6 @@ def check_fits(array_xyz: Array, grid: Grid) -> None:
         raise GeometryError(
             f"found an array of {text_xyz(array_xyz.shape)} voxels, expected {text_xyz(grid.shape_xyz)} like its grid "
             "(x, y, z); a transposed array is the usual reason: SimpleITK and nnU-Net index z, y, x"
-        )
-
-
-def check_values(array_xyz: Array, *, allow_constant: bool = False) -> None:
-    """Refuse values no network can make sense of.
-
-    Parameters
-    ----------
-    array_xyz
-        3-D, real.
-    allow_constant
-        True for labels: an empty one is valid.
-
-    Raises
-    ------
-    CaseError
-        NaN or infinite values (how many, and where the first one is), or the same value everywhere.
-    """
-    with np.errstate(invalid="ignore"):
-        low, high = array_xyz.min(), array_xyz.max()
-    if not (np.isfinite(low) and np.isfinite(high)):
-        raise CaseError(_describe_non_finite(array_xyz))
-    if low == high and not allow_constant:
-        raise CaseError(
-            f"found the same value {low:g} in all {array_xyz.size} voxels, expected an image with contrast; "
-            "check that the right file was exported, and that the export did not fail half-way"
         )
 
 
@@ -275,7 +212,7 @@ def to_sitk(volume: Volume) -> sitk.Image:
         With a dtype that SimpleITK knows (integers, float32, float64).
     """
     image = sitk.GetImageFromArray(volume.array_xyz.transpose(2, 1, 0))
-    affine_lps = _LPS_FROM_RAS @ volume.grid.affine_ras
+    affine_lps = lps_affine(volume.grid)
     spacing = np.array(volume.grid.spacing_xyz_mm)
     image.SetSpacing(spacing.tolist())
     image.SetOrigin(affine_lps[:3, 3].tolist())
@@ -307,7 +244,7 @@ def grid_from_sitk(image: sitk.Image | sitk.ImageFileReader) -> Grid:
     affine_lps = np.eye(4)
     affine_lps[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * np.array(image.GetSpacing())
     affine_lps[:3, 3] = image.GetOrigin()
-    return Grid(shape, _LPS_FROM_RAS @ affine_lps)
+    return Grid(shape, ras_affine(affine_lps))
 
 
 def lps_affine(grid: Grid) -> Affine:
@@ -318,53 +255,6 @@ def lps_affine(grid: Grid) -> Affine:
 def ras_affine(affine_lps: Affine) -> Affine:
     """Return the 4x4 affine to RAS mm of one to LPS mm."""
     return _LPS_FROM_RAS @ affine_lps
-
-
-def text_xyz(values: Sequence[float]) -> str:
-    """Return sizes or spacings as a reader expects them: ``5 x 7 x 9``."""
-    return " x ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
-
-
-def check_spacing(spacing_xyz_mm: Sequence[float]) -> None:
-    """Refuse zero, negative, non-finite and absurd voxel spacings, in mm.
-
-    Raises
-    ------
-    GeometryError
-        A spacing is not between `MIN_SPACING_MM` and `MAX_SPACING_MM`.
-    """
-    if not all(MIN_SPACING_MM <= value <= MAX_SPACING_MM for value in spacing_xyz_mm):
-        raise GeometryError(
-            f"found a voxel spacing of {text_xyz(spacing_xyz_mm)} mm, expected {MIN_SPACING_MM:g} to "
-            f"{MAX_SPACING_MM:g} mm along every axis; correct it, e.g. in 3D Slicer's Volumes module, or convert the "
-            "DICOM series again"
-        )
-
-
-def _check_affine(affine: Affine) -> None:
-    if affine.shape != (4, 4) or not np.isfinite(affine).all() or not np.array_equal(affine[3], [0, 0, 0, 1]):
-        raise GeometryError(
-            f"found the affine {affine.tolist()}, expected a finite 4x4 matrix with last row 0 0 0 1; "
-            "convert the image again from its DICOM series"
-        )
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    check_spacing(spacing.tolist())
-    _check_orthogonal(affine[:3, :3] / spacing)
-
-
-def _check_orthogonal(directions: Affine) -> None:
-    if abs(np.linalg.det(directions)) < SINGULAR_TOLERANCE:
-        raise GeometryError(
-            "found a singular affine (its voxel axes lie in one plane), expected three perpendicular axes; "
-            "convert the image again from its DICOM series"
-        )
-    cosine = float(np.abs(directions.T @ directions - np.eye(3)).max())
-    if cosine > SHEAR_TOLERANCE:
-        raise GeometryError(
-            f"found voxel axes that are {np.degrees(np.arcsin(cosine)):.2f} degrees off a right angle (a shear, such "
-            "as a tilted CT gantry leaves), expected perpendicular axes; resample the image to an orthogonal grid, "
-            "e.g. with 3D Slicer's Resample Scalar/Vector/DWI Volume"
-        )
 
 
 def _corner_distance_mm(a: Grid, b: Grid) -> float:
@@ -402,14 +292,3 @@ def _angle_degrees(a: Grid, b: Grid) -> float:
     unit_b = b.affine_ras[:3, :3] / np.array(b.spacing_xyz_mm)
     half = np.linalg.norm(unit_a - unit_b, axis=0) / 2
     return float(np.degrees(2 * np.arcsin(np.clip(half, 0, 1))).max())
-
-
-def _describe_non_finite(array_xyz: Array) -> str:
-    bad = ~np.isfinite(array_xyz)
-    count, nans = int(bad.sum()), int(np.isnan(array_xyz).sum())
-    first = tuple(int(i) for i in np.unravel_index(int(bad.argmax()), bad.shape))
-    return (
-        f"found {count} of {array_xyz.size} voxels not finite ({nans} NaN, {count - nans} infinite), the first at "
-        f"x, y, z index {first}, expected numbers everywhere; replace them, e.g. with numpy.nan_to_num, or repeat the "
-        "step that made them"
-    )

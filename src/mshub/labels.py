@@ -16,18 +16,15 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mshub.errors import LabelError
+from mshub.dataset_json import is_v1_style, read_labels
+from mshub.label_rules import BACKGROUND, IGNORE, fold, is_integer, listed, refusal, refuse_unfit_names
 
-BACKGROUND = "background"
-IGNORE = "ignore"
-
-_Declared = list[tuple[str, tuple[int, ...]]]
-_USE_THE_ORIGINAL = "use the dataset.json the model was trained with"
+__all__ = ["BACKGROUND", "IGNORE", "LabelMap", "is_v1_style", "refuse_unfit_names"]
 
 
 @dataclass(frozen=True)
@@ -76,15 +73,8 @@ class LabelMap:
         LabelError
             The labels are missing, contradictory or ambiguous.
         """
-        declared = _declared_labels(dataset)
-        _refuse_similar_names([name for name, _ in declared])
-        structures = [(name, values) for name, values in declared if name not in (BACKGROUND, IGNORE)]
-        has_regions = any(len(values) > 1 for _, values in structures)
-        predicted = _region_values(structures, dataset) if has_regions else _channel_values(structures)
-        _refuse_no_foreground(predicted)
-        ascending = sorted(predicted, key=predicted.__getitem__)
-        values = tuple(predicted[name] for name in ascending)
-        return cls(tuple(ascending), values, has_regions, _ignore_value(declared))
+        labels = read_labels(dataset)
+        return cls(tuple(labels.predicted), tuple(labels.predicted.values()), labels.has_regions, labels.ignore_value)
 
     @property
     def predicted(self) -> dict[str, int]:
@@ -158,11 +148,11 @@ class LabelMap:
         """
         chosen = list(published_values)
         known = self.published
-        unknown = [value for value in chosen if not _is_integer(value) or value not in known.values()]
+        unknown = [value for value in chosen if not is_integer(value) or value not in known.values()]
         if unknown:
-            raise _refusal(
+            raise refusal(
                 "These label values are not the model's",
-                found=_listed(map(repr, unknown)),
+                found=listed(map(repr, unknown)),
                 expected=f"a selection of {_numbered(known)}",
                 fix="send values of models[].labels of /info/, without background",
             )
@@ -189,11 +179,11 @@ class LabelMap:
         LabelError
             A name is unknown, two segments are the same structure, or an integer is 0, negative or used twice.
         """
-        known = {_fold(name): value for name, value in self.published.items()} | {_fold(BACKGROUND): 0}
-        self._refuse_unknown_names([name for name in client_labels if _fold(name) not in known])
+        known = {fold(name): value for name, value in self.published.items()} | {fold(BACKGROUND): 0}
+        self._refuse_unknown_names([name for name in client_labels if fold(name) not in known])
         _refuse_repeated_segments(client_labels)
         _refuse_client_values(client_labels)
-        return {int(value): known[_fold(name)] for name, value in client_labels.items()}
+        return {int(value): known[fold(name)] for name, value in client_labels.items()}
 
     def check_names(self, expected: Sequence[str]) -> None:
         """Check that a model card lists exactly these structures, in ascending order of value.
@@ -212,10 +202,10 @@ class LabelMap:
             return
         missing = [name for name in expected if name not in self.names]
         extra = [name for name in self.names if name not in expected]
-        raise _refusal(
+        raise refusal(
             f"The labels of the model card and of the model's dataset.json differ: {_difference(missing, extra)}",
-            found=f"{_listed(self.names)} (dataset.json)",
-            expected=f"{_listed(expected)} (card)",
+            found=f"{listed(self.names)} (dataset.json)",
+            expected=f"{listed(expected)} (card)",
             fix="check that these weights belong to this card, then correct 'labels' in the card",
         )
 
@@ -235,162 +225,32 @@ class LabelMap:
             return
         nameless = sorted(set(np.unique(segmentation).tolist()) - {0, *self.values})
         if nameless:
-            raise _refusal(
+            raise refusal(
                 "The network predicted values that have no name",
-                found=_listed(nameless),
+                found=listed(nameless),
                 expected=f"0 (background), {_numbered(self.predicted)}",
                 fix="check that dataset.json belongs to these weights",
             )
 
     def _refuse_unknown_names(self, unknown: Sequence[str]) -> None:
         if unknown:
-            raise _refusal(
+            raise refusal(
                 "These segments are unknown to the model",
-                found=_listed(self._with_suggestion(name) for name in unknown),
-                expected=f"names out of {_listed(self.names)}",
+                found=listed(self._with_suggestion(name) for name in unknown),
+                expected=f"names out of {listed(self.names)}",
                 fix="rename the segments and send them again",
             )
 
     def _with_suggestion(self, name: str) -> str:
-        spelled = {_fold(known): known for known in self.names}
-        close = [spelled[match] for match in get_close_matches(_fold(name), spelled)]
+        spelled = {fold(known): known for known in self.names}
+        close = [spelled[match] for match in get_close_matches(fold(name), spelled)]
         hint = f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
         return f"{name!r}{hint}"
 
 
-def is_v1_style(labels: object) -> bool:
-    """Tell whether `labels` of a ``dataset.json`` are in nnU-Net v1 style, ``{"0": "background", "1": "liver"}``."""
-    return (
-        isinstance(labels, Mapping)
-        and bool(labels)
-        and all(str(key).strip().isdecimal() and isinstance(value, str) for key, value in labels.items())
-    )
-
-
-def refuse_unfit_names(names: Sequence[str]) -> None:
-    """Refuse names of structures that nobody could tell apart, or that are reserved.
-
-    Raises
-    ------
-    LabelError
-        A name is blank, two differ only by case or white space, or one reads ``background`` or ``ignore``.
-    """
-    _refuse_similar_names([BACKGROUND, IGNORE, *names])
-
-
-def _declared_labels(dataset: Mapping[str, object]) -> _Declared:
-    labels = dataset.get("labels")
-    if not isinstance(labels, Mapping) or not labels:
-        raise _refusal(
-            "dataset.json has no usable labels",
-            found=f"labels: {labels!r}",
-            expected="a table of names and integers, such as {'background': 0, 'liver': 1}",
-        )
-    if is_v1_style(labels):
-        return _declared_by_v1(labels)
-    declared = [(str(name), _integers(str(name), value)) for name, value in labels.items()]
-    _refuse_missing_background(labels)
-    return declared
-
-
-def _declared_by_v1(labels: Mapping[Any, str]) -> _Declared:
-    """Turn ``{"1": "liver"}`` around; v1 gives 0 to the background whatever its name."""
-    by_value = [(int(str(key)), name) for key, name in labels.items()]
-    return [(BACKGROUND, (0,)), *((name, (value,)) for value, name in by_value if value != 0)]
-
-
-def _integers(name: str, value: object) -> tuple[int, ...]:
-    items = list(value) if isinstance(value, (list, tuple)) else [value]
-    usable = tuple(int(item) for item in items if _is_integer(item) and item >= 0)
-    if not usable or len(usable) != len(items):
-        raise _refusal(
-            f"Label {name!r} in dataset.json has an impossible value",
-            found=repr(value),
-            expected="an integer >= 0 or, for a region, a list of them",
-        )
-    return usable
-
-
-def _is_integer(value: object) -> TypeGuard[int]:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-
-
-def _refuse_missing_background(labels: Mapping[Any, object]) -> None:
-    if not _is_integer(labels.get(BACKGROUND)) or labels[BACKGROUND] != 0:
-        raise _refusal(
-            "dataset.json does not declare the background",
-            found=f"{BACKGROUND}: {labels.get(BACKGROUND)!r}",
-            expected=f"{BACKGROUND}: 0",
-        )
-
-
-def _refuse_similar_names(names: Sequence[str]) -> None:
-    counts = Counter(_fold(name) for name in names)
-    unfit = [name for name in names if counts[_fold(name)] > 1 or not _fold(name)]
-    if unfit:
-        raise _refusal(
-            "Label names are blank, or differ only by case or white space",
-            found=_listed(map(repr, unfit)),
-            expected="names that can be told apart, none of them 'background' or 'ignore'",
-            fix="rename them in dataset.json or in the card",
-        )
-
-
-def _refuse_no_foreground(predicted: Mapping[str, int]) -> None:
-    if not predicted:
-        raise _refusal(
-            "dataset.json declares no structure to segment",
-            found="background and ignore only",
-            expected="at least one more label",
-        )
-
-
-def _ignore_value(declared: _Declared) -> int | None:
-    ignored = dict(declared).get(IGNORE)
-    if ignored is None:
-        return None
-    expected = 1 + max(value for name, values in declared if name != IGNORE for value in values)
-    if ignored != (expected,):
-        raise _refusal(
-            "The 'ignore' label must come last, as nnU-Net demands",
-            found=f"{IGNORE}: {_listed(ignored)}",
-            expected=f"{IGNORE}: {expected}, one above all others",
-        )
-    return expected
-
-
-def _channel_values(structures: _Declared) -> dict[str, int]:
-    """Values of a model without regions: nnU-Net writes the channel index, one channel per label, ascending."""
-    value_of = {name: values[0] for name, values in structures}
-    _refuse_shared_values([(BACKGROUND, 0), *value_of.items()])
-    return {name: channel for channel, name in enumerate(sorted(value_of, key=value_of.__getitem__), start=1)}
-
-
-def _region_values(structures: _Declared, dataset: Mapping[str, object]) -> dict[str, int]:
-    names = [name for name, values in structures if set(values) != {0}]  # nnU-Net gives a background region no value
-    order = dataset.get("regions_class_order")
-    values = [value for value in order if _is_integer(value) and value > 0] if isinstance(order, (list, tuple)) else []
-    if not isinstance(order, (list, tuple)) or not len(order) == len(values) == len(names):
-        raise _refusal(
-            "A region-based model needs 'regions_class_order' in dataset.json",
-            found=f"regions_class_order: {order!r}",
-            expected=f"{len(names)} positive integers, one for each of {_listed(names)}",
-        )
-    value_of = dict(zip(names, map(int, values), strict=True))
-    _refuse_shared_values(list(value_of.items()))
-    return value_of
-
-
-def _refuse_shared_values(named_values: Sequence[tuple[str, int]]) -> None:
-    counts = Counter(value for _, value in named_values)
-    shared = [f"{name} = {value}" for name, value in named_values if counts[value] > 1]
-    if shared:
-        raise _refusal("Labels in dataset.json share a value", found=_listed(shared), expected="one value per name")
-
-
 def _refuse_non_integers(segmentation: npt.NDArray[Any]) -> None:
     if not np.issubdtype(segmentation.dtype, np.integer):
-        raise _refusal(
+        raise refusal(
             "A segmentation must hold integers",
             found=f"dtype {segmentation.dtype}",
             expected="an integer dtype",
@@ -399,12 +259,12 @@ def _refuse_non_integers(segmentation: npt.NDArray[Any]) -> None:
 
 
 def _refuse_repeated_segments(client_labels: Mapping[str, int]) -> None:
-    counts = Counter(_fold(name) for name in client_labels)
-    repeated = [repr(name) for name in client_labels if counts[_fold(name)] > 1]
+    counts = Counter(fold(name) for name in client_labels)
+    repeated = [repr(name) for name in client_labels if counts[fold(name)] > 1]
     if repeated:
-        raise _refusal(
+        raise refusal(
             "Several segments are the same structure",
-            found=_listed(repeated),
+            found=listed(repeated),
             expected="one segment per structure",
             fix="merge or delete the spare ones and send the segmentation again",
         )
@@ -413,9 +273,9 @@ def _refuse_repeated_segments(client_labels: Mapping[str, int]) -> None:
 def _refuse_client_values(client_labels: Mapping[str, int]) -> None:
     counts = Counter(client_labels.values())
     for name, value in client_labels.items():
-        lowest = 0 if _fold(name) == BACKGROUND else 1
-        if not _is_integer(value) or value < lowest or counts[value] > 1:
-            raise _refusal(
+        lowest = 0 if fold(name) == BACKGROUND else 1
+        if not is_integer(value) or value < lowest or counts[value] > 1:
+            raise refusal(
                 f"Segment {name!r} has an unusable integer",
                 found=repr(value),
                 expected=f"an integer >= {lowest} that no other segment has",
@@ -424,21 +284,9 @@ def _refuse_client_values(client_labels: Mapping[str, int]) -> None:
 
 
 def _difference(missing: Sequence[str], extra: Sequence[str]) -> str:
-    parts = [f"the model lacks {_listed(missing)}"] * bool(missing) + [f"it also has {_listed(extra)}"] * bool(extra)
+    parts = [f"the model lacks {listed(missing)}"] * bool(missing) + [f"it also has {listed(extra)}"] * bool(extra)
     return ", ".join(parts) or "the names agree, but not their order and number"
 
 
-def _refusal(problem: str, *, found: str, expected: str, fix: str = _USE_THE_ORIGINAL) -> LabelError:
-    return LabelError(f"{problem}. Found: {found}. Expected: {expected}. How to fix: {fix}.")
-
-
-def _fold(name: str) -> str:
-    return " ".join(name.split()).casefold()
-
-
-def _listed(items: Iterable[object]) -> str:
-    return ", ".join(map(str, items))
-
-
 def _numbered(values: Mapping[str, int]) -> str:
-    return _listed(f"{value} ({name})" for name, value in values.items())
+    return listed(f"{value} ({name})" for name, value in values.items())

@@ -31,8 +31,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 from platformdirs import user_data_path
 
-from mshub.archive import tree_sha256
 from mshub.catalogue import Catalogue, ModelCard, dump_card, parse_card
+from mshub.checksums import tree_sha256
 from mshub.errors import ChecksumMismatch, ModelNotAvailable, StoreError
 
 logger = logging.getLogger(__name__)

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from mshub import archive
-from mshub.archive import extract_model, file_sha256, find_model_roots, tree_sha256
+from mshub import archive, sources
+from mshub.archive import extract_model, find_model_roots
+from mshub.checksums import CHUNK, file_sha256, tree_sha256
 from mshub.errors import ModelFolderError, StoreError
 
 MODEL = {
@@ -118,7 +119,7 @@ class TestFinding:
             find_model_roots(tmp_path / "no-such-folder")
 
     def test_a_whole_disk_is_not_searched(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(archive, "MAX_WALKED", 50)
+        monkeypatch.setattr(sources, "MAX_WALKED", 50)
         with pytest.raises(StoreError, match="over 50 files"):
             find_model_roots(add(tmp_path / "disk", {f"{n}.txt": b"" for n in range(51)}))
 
@@ -484,9 +485,7 @@ class TestOtherArchives:
 
 class TestHashes:
     def test_every_file_is_hashed_under_its_posix_path_in_order(self, tmp_path):
-        folder = add(
-            tmp_path / "f", {"b/z.bin": b"z" * (archive.CHUNK + 1), "a.txt": b"", "b/.hidden": b"h", "B": b"B"}
-        )
+        folder = add(tmp_path / "f", {"b/z.bin": b"z" * (CHUNK + 1), "a.txt": b"", "b/.hidden": b"h", "B": b"B"})
         expected = {name: hashlib.sha256(data).hexdigest() for name, data in contents(folder).items()}
         assert tree_sha256(folder) == expected
         assert list(tree_sha256(folder)) == ["B", "a.txt", "b/.hidden", "b/z.bin"]

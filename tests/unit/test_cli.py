@@ -23,7 +23,8 @@ from mshub.errors import StoreError
 from mshub.geometry import same_grid
 from mshub.install import add_model
 from mshub.nnunet.folder import ModelFolder
-from mshub.nnunet.predictor import PROFILES, NetworkCache, NNUNetPredictor, PredictOptions
+from mshub.nnunet.network_cache import NetworkCache
+from mshub.nnunet.predictor import PROFILES, NNUNetPredictor, PredictOptions
 from mshub.store import ModelStore
 from mshub.volume_io import read_grid, read_volume
 

@@ -21,7 +21,8 @@ import pytest
 import requests
 from requests.adapters import HTTPAdapter
 
-from mshub import fetch
+from mshub import drive as drive_module
+from mshub import http_file
 from mshub.errors import ChecksumMismatch, DownloadError, StoreError
 from mshub.fetch import fetch_drive_file, fetch_drive_folder, fetch_file, fetch_weights
 
@@ -370,7 +371,7 @@ class TestRefusals:
 
     def test_the_pauses_between_attempts_double(self, site, page, target, monkeypatch):
         pauses = []
-        monkeypatch.setattr(fetch.time, "sleep", pauses.append)
+        monkeypatch.setattr(http_file.time, "sleep", pauses.append)
         page.faults = [500] * 9
         with pytest.raises(DownloadError):
             get(site, target, attempts=4, wait_s=0.5)
@@ -698,7 +699,7 @@ class TestDriveFolder:
         assert names(tmp_path / "d") == [f"{FOLDER_ID}.partial/{name}" for name in list(self.FILES)[:2]]
 
     def test_too_many_files_are_refused(self, drive, tmp_path, monkeypatch):
-        monkeypatch.setattr(fetch, "MAX_DRIVE_FILES", 2)
+        monkeypatch.setattr(drive_module, "MAX_DRIVE_FILES", 2)
         self.share_model(drive)
         with pytest.raises(DownloadError, match="too many files, 3; a model has at most 2"):
             self.fetch(tmp_path / "d")

@@ -17,13 +17,12 @@ from mshub.geometry import (
     Volume,
     check_channels,
     check_same_grid,
-    check_values,
-    check_voxel_count,
     from_sitk,
     grid_from_sitk,
     same_grid,
     to_sitk,
 )
+from mshub.image_limits import check_values, check_voxel_count
 
 SHAPE = (5, 7, 9)
 SPACING = (0.8, 1.1, 2.5)

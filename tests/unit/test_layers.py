@@ -16,8 +16,11 @@ LIBRARY, APP = ROOT / "src" / "mshub", ROOT / "apps" / "mshub"
 
 # Lowest first; a module may import those before it. Modules of one package count as one where only it is listed.
 LIBRARY_LAYERS = (
-    *("errors", "labels", "catalogue", "archive", "fetch", "store", "geometry", "dicom_series", "volume_io"),
-    *("nnunet.folder", "nnunet.engine", "nnunet.predictor", "bundled", "install", "serve", "cli", "__main__"),
+    *("errors", "label_rules", "dataset_json", "labels", "model_card", "card_draft", "catalogue"),
+    *("checksums", "sources", "archive", "downloads", "http_file", "drive", "fetch", "store"),
+    *("image_limits", "geometry", "image_file", "nifti", "itk_files", "dicom_series", "volume_io"),
+    *("nnunet.folder", "nnunet.devices", "nnunet.engine", "nnunet.network_cache", "nnunet.predictor"),
+    *("bundled", "install", "serve", "console", "cli", "__main__"),
 )
 APP_LAYERS = (
     *("lib.faults", "lib.conf", "lib.activity", "lib.datastore"),

@@ -18,18 +18,12 @@ from factories import make_image, make_model_folder, odd_grids
 from mshub.errors import CaseError, ChannelError, GeometryError, ModelFolderError, PredictionError
 from mshub.geometry import same_grid
 from mshub.nnunet import engine as engine_module
-from mshub.nnunet import predictor as predictor_module
+from mshub.nnunet import network_cache as network_cache_module
+from mshub.nnunet.devices import available_devices, resolve_device
 from mshub.nnunet.engine import Engine
 from mshub.nnunet.folder import ModelFolder
-from mshub.nnunet.predictor import (
-    PROFILES,
-    NetworkCache,
-    NNUNetPredictor,
-    Prediction,
-    PredictOptions,
-    available_devices,
-    resolve_device,
-)
+from mshub.nnunet.network_cache import NetworkCache
+from mshub.nnunet.predictor import PROFILES, NNUNetPredictor, Prediction, PredictOptions
 from mshub.volume_io import read_grid, read_volume
 
 CPU = torch.device("cpu")
@@ -451,7 +445,7 @@ class FakeEngine:
 
 @pytest.fixture
 def fake_engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(predictor_module, "Engine", FakeEngine)
+    monkeypatch.setattr(network_cache_module, "Engine", FakeEngine)
     yield
     assert engine_module.Engine is Engine
 
@@ -490,7 +484,7 @@ def test_a_network_that_does_not_load_gives_the_device_back(
 ) -> None:
     cache = NetworkCache()
     with monkeypatch.context() as patch:
-        patch.setattr(predictor_module, "Engine", raising(ModelFolderError("damaged")))
+        patch.setattr(network_cache_module, "Engine", raising(ModelFolderError("damaged")))
         with pytest.raises(ModelFolderError, match="damaged"):
             load(cache, three_folders[0])
     run_together(lambda: load(cache, three_folders[0]))

@@ -22,7 +22,8 @@ from lib.conf import Config
 from lib.datastore import StudiesFolder
 from lib.faults import as_http_errors, not_found
 from lib.infers import NNUNetInferTask
-from mshub.nnunet.predictor import NetworkCache, available_devices
+from mshub.nnunet.devices import available_devices
+from mshub.nnunet.network_cache import NetworkCache
 from mshub.store import ModelStore
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,8 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from mshub.errors import CaseError, ConfigError
-from mshub.nnunet.predictor import PROFILES, resolve_device
+from mshub.nnunet.devices import resolve_device
+from mshub.nnunet.predictor import PROFILES
 from mshub.store import default_home
 
 ENVIRONMENT_PREFIX = "MSHUB_"

@@ -1,6 +1,6 @@
 """The network of one model folder on one device: nnU-Net's own pipeline, stage by stage.
 
-Nothing here is safe to call from two threads at once; `mshub.nnunet.predictor.NetworkCache` holds the device's lock.
+Nothing here is safe to call from two threads at once; `mshub.nnunet.network_cache` holds the lock of the device.
 """
 
 from __future__ import annotations

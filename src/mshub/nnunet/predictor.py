@@ -1,20 +1,11 @@
-"""Predict with nnU-Net model folders, equal to nnU-Net voxel for voxel, on the image's own grid.
-
-Concurrency
------------
-A `NetworkCache` may be used by any number of threads. Two kinds of lock exist and are always taken in this order:
-
-1. one lock per device, held for the whole time a network computes on it: a device runs one case at a time;
-2. the cache's own lock, held only while its table of networks is read or changed, never while computing.
-"""
+"""Predict with nnU-Net model folders, equal to nnU-Net voxel for voxel, on the image's own grid."""
 
 from __future__ import annotations
 
 import logging
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,8 +16,10 @@ import torch
 
 from mshub.errors import CaseError, ChannelError, GeometryError, MSHubError, PredictionError
 from mshub.geometry import Volume, check_channels
-from mshub.nnunet.engine import Engine, Progress
+from mshub.nnunet.devices import resolve_device
+from mshub.nnunet.engine import Progress
 from mshub.nnunet.folder import ModelFolder
+from mshub.nnunet.network_cache import NetworkCache
 from mshub.volume_io import read_volume, write_nifti
 
 logger = logging.getLogger(__name__)
@@ -287,32 +280,6 @@ def _to_input_axes(segmentation: np.ndarray[Any, Any], properties: dict[str, Any
         return np.array(nib.load(path).dataobj)
 
 
-def resolve_device(name: str) -> torch.device:
-    """Return the torch device for `name`; what the machine lacks becomes the CPU, as clients send ``cuda`` blindly.
-
-    Raises
-    ------
-    CaseError
-        `name` is no device name.
-    """
-    name = (name or "auto").strip().lower()
-    family = name.split(":")[0]
-    if family not in ("auto", "cpu", "cuda", "gpu"):
-        raise CaseError(f"The device {name!r} is unknown: expected auto, cpu, cuda or cuda:N.")
-    if family == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    index = name.partition(":")[2]
-    if index.isdigit() and int(index) < torch.cuda.device_count():
-        return torch.device("cuda", int(index))
-    return torch.device("cuda", 0)
-
-
-def available_devices() -> list[str]:
-    """Return the names of the devices predictions can run on, the preferred one first."""
-    cuda = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    return [*cuda, "cpu"]
-
-
 class _Clock:
     """Wall time per stage."""
 
@@ -324,77 +291,3 @@ class _Clock:
         now = time.perf_counter()
         self.laps[name] = self.laps.get(name, 0.0) + now - self._last
         self._last = now
-
-
-class _DeviceLease:
-    """Context manager: the device is held while the block runs, and its engine is loaded and ready."""
-
-    def __init__(self, lock: threading.Lock, load: Callable[[], Engine]) -> None:
-        self._lock, self._load = lock, load
-
-    def __enter__(self) -> Engine:
-        self._lock.acquire()
-        try:
-            return self._load()
-        except BaseException:
-            self._lock.release()
-            raise
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-
-
-_EngineKey = tuple[str, tuple[str, ...], str]
-
-
-class NetworkCache:
-    """Networks kept in memory, the least recently used dropped first when they exceed `max_bytes`.
-
-    Parameters
-    ----------
-    max_bytes : int
-        Budget for the weights of all cached networks; the one in use is always kept.
-    """
-
-    def __init__(self, max_bytes: int = 8 * 2**30) -> None:
-        self._max_bytes = max_bytes
-        self._engines: dict[_EngineKey, Engine] = {}
-        self._lock = threading.Lock()
-        self._device_locks: dict[str, threading.Lock] = {}
-
-    def engine(self, folder: ModelFolder, folds: tuple[str, ...], device: torch.device) -> _DeviceLease:
-        """Wait for `device`, then hold it with the engine of `folder` loaded, until the ``with`` block ends."""
-        with self._lock:
-            lock = self._device_locks.setdefault(str(device), threading.Lock())
-        key = (str(folder.path), folds, str(device))
-        return _DeviceLease(lock, lambda: self._get(key, folder, folds, device))
-
-    def _get(self, key: _EngineKey, folder: ModelFolder, folds: tuple[str, ...], device: torch.device) -> Engine:
-        with self._lock:
-            engine = self._engines.pop(key, None)
-        if engine is None:
-            logger.info("loading %s, fold %s, on %s", folder.path, ",".join(folds), device)
-            engine = Engine(folder, folds, device)
-        with self._lock:
-            self._engines[key] = engine  # re-inserted last: a dict keeps insertion order, oldest first
-            self._evict(keep=key)
-        return engine
-
-    def _evict(self, keep: _EngineKey) -> None:
-        used = sum(engine.nbytes for engine in self._engines.values())
-        for key in [key for key in self._engines if key != keep]:
-            if used <= self._max_bytes:
-                return
-            used -= self._engines.pop(key).nbytes
-            logger.info("dropped %s from memory", key[0])
-
-    def forget(self, path: Path) -> None:
-        """Drop every network of the folder at `path`, after it stopped being the current version."""
-        with self._lock:
-            for key in [key for key in self._engines if key[0] == str(path)]:
-                del self._engines[key]
-
-    def loaded(self) -> list[str]:
-        """Return the model folders in memory, least recently used first."""
-        with self._lock:
-            return list(dict.fromkeys(key[0] for key in self._engines))

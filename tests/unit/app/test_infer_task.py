@@ -20,7 +20,8 @@ from lib.conf import Config
 from lib.infers import NNUNetInferTask
 from mshub.geometry import Grid, Volume, same_grid
 from mshub.install import add_model
-from mshub.nnunet.predictor import PROFILES, NetworkCache, NNUNetPredictor, Prediction, PredictOptions
+from mshub.nnunet.network_cache import NetworkCache
+from mshub.nnunet.predictor import PROFILES, NNUNetPredictor, Prediction, PredictOptions
 from mshub.store import ModelStore
 from mshub.volume_io import read_grid, read_volume
 

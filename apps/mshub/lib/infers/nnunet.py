@@ -21,15 +21,10 @@ from lib.faults import as_http_errors
 from mshub.catalogue import ModelCard
 from mshub.errors import CaseError, LabelError
 from mshub.geometry import Volume
+from mshub.nnunet.devices import available_devices
 from mshub.nnunet.folder import ModelFolder
-from mshub.nnunet.predictor import (
-    PROFILES,
-    NetworkCache,
-    NNUNetPredictor,
-    Prediction,
-    PredictOptions,
-    available_devices,
-)
+from mshub.nnunet.network_cache import NetworkCache
+from mshub.nnunet.predictor import PROFILES, NNUNetPredictor, Prediction, PredictOptions
 from mshub.store import ModelStore, ModelVersion
 from mshub.volume_io import write_volume
 

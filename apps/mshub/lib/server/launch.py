@@ -7,13 +7,22 @@ scroll away. It configures logging only where nobody has: this does.
 from __future__ import annotations
 
 import logging
+import sys
 
 from monailabel.main import Main
 
+from lib.conf import Config
+from mshub.errors import MSHubError
+
 
 def main() -> None:
-    """Run MONAI Label's command line."""
+    """Run MONAI Label's command line; a mistyped option is a sentence, not a trace from within the start."""
     logging.basicConfig(level=logging.WARNING)
+    arguments = Main().args_parser().parse_args()
+    try:
+        Config.parse(dict(arguments.conf or []))
+    except MSHubError as error:
+        sys.exit(f"mshub: {error}")
     Main().run()
 
 

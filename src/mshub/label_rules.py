@@ -1,0 +1,64 @@
+"""What holds for labels wherever they come from: which names are one, which are reserved, what counts as a value."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import TypeGuard
+
+import numpy as np
+
+from mshub.errors import LabelError
+
+BACKGROUND = "background"
+IGNORE = "ignore"
+
+
+def refuse_unfit_names(names: Sequence[str]) -> None:
+    """Refuse names of structures that nobody could tell apart, or that are reserved.
+
+    Raises
+    ------
+    LabelError
+        A name is blank, two differ only by case or white space, or one reads ``background`` or ``ignore``.
+    """
+    refuse_similar_names([BACKGROUND, IGNORE, *names])
+
+
+def refuse_similar_names(names: Sequence[str]) -> None:
+    """Refuse names that are blank or differ only by case or white space; reserved ones may be among them.
+
+    Raises
+    ------
+    LabelError
+        Lists the names.
+    """
+    counts = Counter(fold(name) for name in names)
+    unfit = [name for name in names if counts[fold(name)] > 1 or not fold(name)]
+    if unfit:
+        raise refusal(
+            "Label names are blank, or differ only by case or white space",
+            found=listed(map(repr, unfit)),
+            expected="names that can be told apart, none of them 'background' or 'ignore'",
+            fix="rename them in dataset.json or in the card",
+        )
+
+
+def fold(name: str) -> str:
+    """Return what names of one structure have in common: no case, no surrounding or repeated white space."""
+    return " ".join(name.split()).casefold()
+
+
+def is_integer(value: object) -> TypeGuard[int]:
+    """Tell whether `value` can be a label's value; True and False cannot."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def listed(items: Iterable[object]) -> str:
+    """Return the items as messages show them."""
+    return ", ".join(map(str, items))
+
+
+def refusal(problem: str, *, found: str, expected: str, fix: str) -> LabelError:
+    """Return the error, in the form all messages about labels have."""
+    return LabelError(f"{problem}. Found: {found}. Expected: {expected}. How to fix: {fix}.")

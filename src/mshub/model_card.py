@@ -1,0 +1,273 @@
+"""One model's card: what is known about it, as data, read strictly from TOML and written back.
+
+A mistyped key is an error with a suggestion, never silently ignored.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+
+from mshub.errors import CatalogueError, LabelError
+from mshub.label_rules import refuse_unfit_names
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Modality = Literal["CT", "MR", "PT", "US", "other"]
+Status = Literal["released", "announced", "bundled", "local"]
+WeightsKind = Literal["gdrive-folder", "gdrive-file", "https", "bundled"]
+
+_Text = Annotated[str, Field(min_length=1)]
+_Count = Annotated[str, Field(min_length=1), BeforeValidator(lambda n: str(n) if type(n) is int else n)]
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Channel(_Table):
+    """One input image of a model.
+
+    Attributes
+    ----------
+    name : str
+        Name of the channel, as in ``dataset.json``.
+    modality : str or None
+        Where it differs from the card's, as in PET/CT.
+    sequence : str or None
+        MR sequence, such as ``T1w contrast-enhanced``.
+    """
+
+    name: _Text
+    modality: Modality | None = None
+    sequence: _Text | None = None
+
+
+class Link(_Table):
+    """A publication or page about a model."""
+
+    title: _Text
+    url: Annotated[str, Field(pattern=r"^https?://\S+$")]
+
+
+class Weights(_Table):
+    """Where the weights are.
+
+    Attributes
+    ----------
+    kind : str
+        ``gdrive-folder`` and ``gdrive-file`` need `id`, ``https`` needs `url`, ``bundled`` (with MSHub) neither.
+    id : str or None
+        Google Drive id.
+    url : str or None
+        Address of an archive.
+    sha256 : str or None
+        Of the downloaded file, 64 lower-case hex digits, where known.
+    """
+
+    kind: WeightsKind
+    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] | None = None
+    url: Annotated[str, Field(pattern=r"^https?://\S+$")] | None = None
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+
+    @model_validator(mode="after")
+    def _has_its_address(self) -> Weights:
+        needed = {"gdrive-folder": {"id"}, "gdrive-file": {"id"}, "https": {"url"}, "bundled": set()}[self.kind]
+        found = {key for key in ("id", "url") if getattr(self, key) is not None}
+        if found != needed:
+            raise ValueError(f"kind {self.kind!r} with {_these(needed)}, found {_these(found)}")
+        return self
+
+    @property
+    def page(self) -> str | None:
+        """Address a person can open in a browser; None for bundled weights."""
+        if self.kind == "gdrive-folder":
+            return f"https://drive.google.com/drive/folders/{self.id}"
+        if self.kind == "gdrive-file":
+            return f"https://drive.google.com/file/d/{self.id}/view"
+        return self.url
+
+
+class ModelCard(_Table):
+    """What is known about one model.
+
+    Attributes
+    ----------
+    id : str
+        Lower-case letters, digits and hyphens; the name of the card's file.
+    title, site, target : str
+        For people: what it is called, where in the body it looks, what it outlines.
+    modality : str
+        ``CT``, ``MR``, ``PT``, ``US`` or ``other``.
+    status : str
+        ``released`` (weights can be fetched), ``announced`` (not yet), ``bundled`` (shipped with MSHub) or ``local``.
+    generation : int or None
+        nnU-Net version, 1 or 2; only an announced model may leave it open.
+    configuration : str or None
+        nnU-Net configuration, such as ``3d_fullres``.
+    channels : tuple of Channel
+        Input images in nnU-Net's order; empty where unknown, then ``dataset.json`` decides.
+    labels : tuple of str or None
+        Structures in ascending order of predicted value, without background; checked against ``dataset.json``.
+    input_clip : tuple of two float, or None
+        Low and high, in the image's own units (HU for CT): the image is clipped to them before nnU-Net preprocesses it.
+    orientation : str or None
+        Axis codes the training images had, such as ``RAS``.
+    training_scans : str or None
+        Number of training scans, as published: ``1018`` or ``>3500``.
+    dsc, dsc_source : float and str, or None
+        Reported Dice similarity coefficient, 0..1, and the edition of the catalogue it is from.
+    licence, access, description : str or None
+        Terms of use, conditions of access, and more about the model.
+    weights : Weights or None
+        Where to fetch the weights.
+    links : tuple of Link
+        Publications.
+    notes : tuple of str
+        What a user should know, one short sentence each.
+    """
+
+    id: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{1,62}$")]
+    title: _Text
+    site: _Text
+    modality: Modality
+    target: _Text
+    status: Status
+    description: _Text | None = None
+    generation: Literal[1, 2] | None = None
+    configuration: _Text | None = None
+    labels: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    input_clip: tuple[_Finite, _Finite] | None = None
+    orientation: Annotated[str, Field(pattern=r"^[RLAPSI]{3}$")] | None = None
+    training_scans: _Count | None = None
+    dsc: Annotated[float, Field(ge=0, le=1)] | None = None
+    dsc_source: _Text | None = None
+    licence: _Text | None = None
+    access: _Text | None = None
+    notes: tuple[_Text, ...] = ()
+    channels: tuple[Channel, ...] = ()
+    weights: Weights | None = None
+    links: tuple[Link, ...] = ()
+
+    @field_validator("labels")
+    @classmethod
+    def _names_can_be_told_apart(cls, labels: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        try:
+            refuse_unfit_names(labels or ())
+        except LabelError as error:
+            raise ValueError(str(error)) from error
+        return labels
+
+    @field_validator("input_clip")
+    @classmethod
+    def _low_is_below_high(cls, clip: tuple[float, float] | None) -> tuple[float, float] | None:
+        if clip and not clip[0] < clip[1]:
+            raise ValueError("[low, high] with low < high")
+        return clip
+
+    @model_validator(mode="after")
+    def _keys_agree(self) -> ModelCard:
+        kind = self.weights.kind if self.weights else None
+        faults = {
+            "a released model needs [weights], or the status 'announced'": self.status == "released" and not kind,
+            "an announced model has no [weights] yet, or its status is 'released'": self.status == "announced" and kind,
+            "[weights] kind 'bundled' and status 'bundled' go together": (self.status == "bundled")
+            != (kind == "bundled"),
+            "'generation' (1 or 2), unless announced": self.generation is None and self.status != "announced",
+            "'dsc' together with 'dsc_source', the edition it is from": self.dsc is not None and not self.dsc_source,
+        }
+        if broken := [rule for rule, is_broken in faults.items() if is_broken]:
+            raise ValueError("; ".join(broken))
+        return self
+
+
+def load_card(path: Path) -> ModelCard:
+    """Read and validate one card.
+
+    The file may have any name: only in a catalogue folder must it be the id (`Catalogue.load`).
+
+    Raises
+    ------
+    CatalogueError
+        The file cannot be read, is no TOML, or a key is unknown, missing or wrong. The message gives file, key, what
+        was found and what was expected.
+    """
+    path = Path(path)
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise CatalogueError(
+            f"Model card {path} cannot be read. Found: {error}. Expected: a TOML file in UTF-8. "
+            "How to fix: correct it; any card in mshub/models/ is an example."
+        ) from error
+    return validated_card(content, source=str(path))
+
+
+def parse_card(text: str, source: str) -> ModelCard:
+    """Read a card from TOML text that `dump_card` wrote; `source` says in errors whose card it is."""
+    try:
+        content = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise CatalogueError(f"Model card {source} cannot be read. Found: {error}. Expected: TOML.") from error
+    return validated_card(content, source)
+
+
+def dump_card(card: ModelCard) -> str:
+    """Return a card as TOML text that `load_card` reads back as an equal card. Empty keys are left out."""
+    content = card.model_dump(mode="json", exclude_none=True)
+    return tomli_w.dumps({key: value for key, value in content.items() if value != []}, multiline_strings=False)
+
+
+def validated_card(content: Mapping[str, Any], source: str) -> ModelCard:
+    """Return the card with this content; `source` says in errors whose card it is.
+
+    Raises
+    ------
+    CatalogueError
+        Lists every key that is unknown, missing or wrong.
+    """
+    try:
+        return ModelCard.model_validate(content)
+    except ValidationError as error:
+        faults = "\n".join(f"  {_fault(detail)}" for detail in error.errors())
+        raise CatalogueError(f"Model card {source} is not valid. How to fix: correct\n{faults}") from error
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """Return a sentence with the known names that `name` resembles, or nothing."""
+    close = get_close_matches(name, known)
+    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def _fault(detail: ErrorDetails) -> str:
+    """Say in one line which key is wrong, what was found there and what was expected."""
+    key = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        name, known = str(detail["loc"][-1]), _known_keys(detail["loc"])
+        return f"key {key!r}: found an unknown key.{did_you_mean(name, known)} Expected one of: {', '.join(known)}."
+    expected = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if detail["type"] == "missing":
+        return f"key {key!r}: found nothing, expected a value."
+    if not key or isinstance(detail["input"], Mapping):
+        return f"key {key or '(whole card)'!r}: expected {expected}."
+    return f"key {key!r}: found {detail['input']!r}, expected {expected}."
+
+
+def _known_keys(loc: tuple[int | str, ...]) -> list[str]:
+    nested: dict[str, type[_Table]] = {"channels": Channel, "links": Link, "weights": Weights}
+    return list((nested[str(loc[0])] if len(loc) > 1 else ModelCard).model_fields)
+
+
+def _these(keys: set[str]) -> str:
+    return " and ".join(map(repr, sorted(keys))) or "neither 'id' nor 'url'"
