@@ -7,7 +7,7 @@ HOST   ?= 127.0.0.1
 
 # Which torch: empty takes PyPI's own build (CUDA on Linux); TORCH_BACKEND=cpu takes the small CPU build, =auto looks.
 TORCH_BACKEND ?=
-UV      = $(BIN)/uv pip install --quiet $(if $(TORCH_BACKEND),--torch-backend $(TORCH_BACKEND))
+UV      = $(BIN)/uv pip install --quiet --python $(BIN)/python $(if $(TORCH_BACKEND),--torch-backend $(TORCH_BACKEND))
 
 # uv does not read pip's configuration: hand over local wheel folders that pip is told about.
 empty :=
@@ -20,7 +20,7 @@ help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 $(BIN)/uv:
-	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 10) <= sys.version_info[:2] <= (3, 12) else "MSHub needs Python 3.10 to 3.12, found " + sys.version.split()[0] + ": run make PYTHON=python3.11")'
+	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 10) <= sys.version_info[:2] <= (3, 12) else "MSHub needs Python 3.10 to 3.12, found " + sys.version.split()[0] + ": run make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.8
 
@@ -34,8 +34,8 @@ $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 	$(UV) --requirements requirements-dev.txt
 	@touch $@
 
-serve: $(VENV)/.installed  ## install and start the server on a working copy of the sample data
-	$(BIN)/mshub serve --sample --host $(HOST) --port $(PORT)
+serve: $(VENV)/.installed  ## install and start the server on the sample data (STUDIES=DIR: on your own)
+	$(BIN)/mshub serve $(if $(STUDIES),--studies "$(STUDIES)",--sample) --host $(HOST) --port $(PORT)
 
 test: $(VENV)/.installed-dev  ## the whole test suite
 	$(BIN)/python -m pytest $(ARGS)

@@ -13,6 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+import mshub
 from mshub.archive import extract_model
 from mshub.bundled import sample_data
 from mshub.catalogue import Catalogue, ModelCard, draft_card, dump_card, load_card
@@ -20,14 +21,20 @@ from mshub.errors import CatalogueError, LabelError, ModelFolderError, ModelNotA
 from mshub.fetch import fetch_weights
 from mshub.nnunet.engine import check_weights
 from mshub.nnunet.folder import ModelFolder
-from mshub.store import ModelStore, ModelVersion
+from mshub.store import ModelStore, ModelVersion, writable_folder
 
 DownloadProgress = Callable[[int, int | None], None]
 """Called with (bytes so far, bytes in all or None)."""
 
 
 def add_model(
-    store: ModelStore, model_id: str, source: Path, *, card_path: Path | None = None, root: str | None = None
+    store: ModelStore,
+    model_id: str,
+    source: Path,
+    *,
+    card_path: Path | None = None,
+    root: str | None = None,
+    origin: Mapping[str, str] | None = None,
 ) -> ModelVersion:
     """Install a model from a folder or zip.
 
@@ -42,6 +49,8 @@ def add_model(
         Card of a lab's own model; drafted from ``dataset.json`` when absent.
     root : str, optional
         Which model inside `source`, where there are several.
+    origin : mapping, optional
+        Where `source` came from, for the record; default: the name of the file or folder.
 
     Returns
     -------
@@ -63,7 +72,7 @@ def add_model(
         card = card or draft_card(model_id, folder.dataset)
         _check_against_card(folder, card)
         check_weights(folder)
-        version = store.publish(model_id, model, _record(folder, card, {"how": "added", "from": source.name}))
+        version = store.publish(model_id, model, _record(folder, card, origin or {"how": "added", "from": source.name}))
     if card_path or model_id not in known:
         store.keep_card(card)
     return version
@@ -72,7 +81,8 @@ def add_model(
 def fetch_model(store: ModelStore, model_id: str, progress: DownloadProgress | None = None) -> ModelVersion:
     """Download the weights a card points to, or take those that come with MSHub, and install them.
 
-    A broken download is kept in the store's ``downloads`` folder, for the next try to resume.
+    Weights that were fetched before are not fetched again. A broken download is kept in the store's ``downloads``
+    folder, for the next try to resume.
 
     Raises
     ------
@@ -93,7 +103,12 @@ def fetch_model(store: ModelStore, model_id: str, progress: DownloadProgress | N
             "models only."
         )
     if card.weights.kind == "bundled":
-        return add_model(store, model_id, sample_data() / f"{model_id}-model")
+        source = sample_data() / f"{model_id}-model"
+        return add_model(store, model_id, source, origin={"how": "bundled", "from": f"MSHub {mshub.__version__}"})
+    origin = {"how": "fetched", "from": str(card.weights.page)}
+    for version in store.versions(model_id):
+        if version.record["origin"] == origin:
+            return version
     with _downloads(store, model_id) as folder:
         weights = fetch_weights(
             model_id=model_id,
@@ -103,16 +118,16 @@ def fetch_model(store: ModelStore, model_id: str, progress: DownloadProgress | N
             folder=folder,
             progress=progress,
         )
-        version = add_model(store, model_id, weights)
-        shutil.rmtree(folder)
-    return version
+        try:
+            return add_model(store, model_id, weights, origin=origin)
+        finally:
+            shutil.rmtree(folder)  # installed, or unusable: the next try must not meet it again
 
 
 @contextmanager
 def _downloads(store: ModelStore, model_id: str) -> Iterator[Path]:
     """Yield the folder for the downloads of one model, held against a second ``mshub fetch`` of it."""
-    folder = store.home / "downloads" / model_id
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = writable_folder(store.home / "downloads" / model_id)
     try:
         with FileLock(folder.with_suffix(".lock"), timeout=0):
             yield folder
@@ -123,7 +138,7 @@ def _downloads(store: ModelStore, model_id: str) -> Iterator[Path]:
 def _chosen_card(known: Catalogue, model_id: str, card_path: Path | None) -> ModelCard | None:
     if card_path is None:
         return known.get(model_id) if model_id in known else None
-    if model_id in known and known.get(model_id).status != "local":
+    if model_id in Catalogue.load():
         raise CatalogueError(
             f"{model_id} is in MSHub's catalogue and has a card already. Choose another id for your own model."
         )

@@ -215,12 +215,15 @@ def load_card(path: Path) -> ModelCard:
 
 
 def parse_card(text: str, source: str) -> ModelCard:
-    """Read a card from TOML text that `dump_card` wrote; `source` says in errors whose card it is."""
+    """Read a card that `dump_card` wrote, perhaps in another version of MSHub: keys unknown today are left out.
+
+    `source` says in errors whose card it is.
+    """
     try:
         content = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise CatalogueError(f"Model card {source} cannot be read. Found: {error}. Expected: TOML.") from error
-    return validated_card(content, source)
+    return validated_card({key: value for key, value in content.items() if key in ModelCard.model_fields}, source)
 
 
 def dump_card(card: ModelCard) -> str:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from mshub.bundled import app_folder
 from mshub.errors import ConfigError
+from mshub.store import writable_folder
 
-WHOLE_NETWORK = "0.0.0.0"
 LOG_BYTES, LOG_FILES = 10 * 2**20, 10
 
 
@@ -34,8 +34,7 @@ def write_log_config(home: Path) -> Path:
     What MSHub and the web server do goes to the screen and, with times, to ``logs/server.log`` under `home`; of MONAI
     Label, which logs every request with its parameters, only warnings do.
     """
-    folder = home / "logs"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = writable_folder(home / "logs")
     both = {"handlers": ["screen", "file"], "propagate": False}
     config = {
         "version": 1,
@@ -63,11 +62,15 @@ def write_log_config(home: Path) -> Path:
     return path
 
 
-def server_environment(home: Path) -> dict[str, str]:
-    """Return the environment of the server: the app on its import path, all state under `home`."""
+def server_environment(home: Path, port: int) -> dict[str, str]:
+    """Return the environment of the server: the app on its import path, all state under `home`.
+
+    Pages of other origins may not read it: MONAI Label, left to itself, lets any web page do so.
+    """
     path = [str(app_folder()), *filter(None, [os.environ.get("PYTHONPATH")])]
     sessions, cache = home / "sessions", home / "dicom-cache"
     return {
+        "MONAI_LABEL_CORS_ORIGINS": json.dumps([f"http://127.0.0.1:{port}", f"http://localhost:{port}"]),
         "MONAI_LABEL_SESSION_PATH": str(sessions),
         "MONAI_LABEL_DATASTORE_CACHE_PATH": str(cache),
         "MONAI_LABEL_DICOMWEB_CACHE_PATH": str(cache),
@@ -88,7 +91,7 @@ def run_server(command: Sequence[str], environment: Mapping[str, str]) -> int:
     """
     if importlib.util.find_spec("monailabel") is None:
         raise ConfigError(
-            "MONAI Label is not installed in this Python: run `make serve`, or `pip install mshub[server]`."
+            "MONAI Label is not installed in this Python: run `make serve`, or `pip install monailabel==0.8.5`."
         )
     if os.name == "posix":
         sys.stdout.flush()

@@ -33,7 +33,7 @@ from platformdirs import user_data_path
 
 from mshub.catalogue import Catalogue, ModelCard, dump_card, parse_card
 from mshub.checksums import tree_sha256
-from mshub.errors import ChecksumMismatch, ModelNotAvailable, StoreError
+from mshub.errors import ChecksumMismatch, ModelNotAvailable, MSHubError, StoreError
 
 logger = logging.getLogger(__name__)
 
@@ -103,8 +103,8 @@ class ModelStore:
         return Catalogue.load([self._cards] if self._cards.is_dir() else [])
 
     def installed(self) -> list[str]:
-        """Return the ids of models that have a current version, sorted."""
-        return sorted(path.parent.name for path in self._models.glob("*/current") if self._current_name(path.parent))
+        """Return the ids of models that have a readable current version, sorted; others are named in the log."""
+        return sorted(path.parent.name for path in self._models.glob("*/current") if self._is_readable(path.parent))
 
     def versions(self, model_id: str) -> list[ModelVersion]:
         """Return all versions of a model, oldest first; none for a model that is not installed."""
@@ -157,14 +157,7 @@ class ModelStore:
     @contextmanager
     def staging(self) -> Iterator[Path]:
         """Yield an empty folder on the store's file system; whatever is left in it is removed afterwards."""
-        parent = self.home / "staging"
-        try:
-            parent.mkdir(parents=True, exist_ok=True)
-            path = Path(tempfile.mkdtemp(dir=parent))
-        except OSError as error:
-            raise StoreError(
-                f"MSHUB_HOME={self.home} cannot be written ({error}). Point MSHUB_HOME elsewhere."
-            ) from error
+        path = Path(tempfile.mkdtemp(dir=writable_folder(self.home / "staging")))
         try:
             yield path
         finally:
@@ -203,8 +196,7 @@ class ModelStore:
 
     def keep_card(self, card: ModelCard) -> None:
         """Take the card of a lab's own model into the catalogue of this store."""
-        self._cards.mkdir(parents=True, exist_ok=True)
-        _replace(self._cards / f"{card.id}.toml", dump_card(card))
+        _replace(writable_folder(self._cards) / f"{card.id}.toml", dump_card(card))
 
     def promote(self, model_id: str, version: str, reason: str) -> ModelVersion:
         """Make `version` the current one; predictions that are running finish with the one they started with.
@@ -227,10 +219,11 @@ class ModelStore:
         StoreError
             No promotion is left to undo.
         """
-        served = self._promotions(model_id)
-        if len(served) < 2:
-            raise StoreError(f"{model_id} serves the version it started with; there is nothing to go back to.")
+        self.current(model_id)
         with self._locked(model_id) as folder:
+            served = self._promotions(model_id)
+            if len(served) < 2:
+                raise StoreError(f"{model_id} serves the version it started with; there is nothing to go back to.")
             self._set_current(folder, served[-2], f"rollback from {served[-1]}", rollback=True)
         return self.version(model_id, served[-2])
 
@@ -262,12 +255,23 @@ class ModelStore:
                 served.pop()
             elif served[-1:] != [step["to"]]:
                 served.append(step["to"])
-        return served
+        current = self.current(model_id).version  # written before the history: a crash between them is made good here
+        return served if served[-1:] == [current] else [*served, current]
+
+    def _is_readable(self, folder: Path) -> bool:
+        """Return whether a model has a current version whose record and card can be read."""
+        name = self._current_name(folder)
+        if name is None:
+            return False
+        try:
+            return bool(_read_version(folder / name).card)
+        except MSHubError as error:
+            logger.warning("%s is left out: %s", folder.name, error)
+            return False
 
     @contextmanager
     def _locked(self, model_id: str) -> Iterator[Path]:
-        folder = self._models / model_id
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = writable_folder(self._models / model_id)
         try:
             held = FileLock(folder / ".lock").acquire(timeout=LOCK_TIMEOUT_S)
         except Timeout as error:
@@ -302,9 +306,26 @@ class ModelStore:
     def _set_current(self, folder: Path, version: str, reason: str, rollback: bool = False) -> None:
         before = self._current_name(folder)
         step = {"time": _now(), "from": before, "to": version, "reason": reason, "rollback": rollback}
+        _replace(folder / "current", version + "\n")
         with (folder / "history.jsonl").open("a", encoding="utf-8") as history:
             history.write(json.dumps(step, ensure_ascii=False) + "\n")
-        _replace(folder / "current", version + "\n")
+
+
+def writable_folder(path: Path) -> Path:
+    """Create a folder of the store and return it.
+
+    Raises
+    ------
+    StoreError
+        It cannot be written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError("no permission to write")
+    except OSError as error:
+        raise StoreError(f"{path} cannot be written ({error}). Point MSHUB_HOME elsewhere.") from error
+    return path
 
 
 def _read_version(path: Path) -> ModelVersion:

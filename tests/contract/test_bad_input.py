@@ -142,6 +142,22 @@ def test_an_upload_under_a_name_that_leaves_the_folder_is_refused(site: Site, tm
     assert not list(site.studies.parent.rglob("evil*"))
 
 
+def test_an_archive_is_not_unpacked(site: Site, tmp_path: Path) -> None:
+    path = make_image(tmp_path / "scan.nii.gz", SHAPE)
+    answer = httpx.put(f"{site.server.url}/session/?uncompress=true", files={"files": ("x.tar", path.read_bytes())})
+    assert answer.status_code == 400
+    assert "Archives are not unpacked" in answer.json()["detail"]
+
+
+def test_a_page_of_another_origin_cannot_read_the_answers(site: Site) -> None:
+    answer = httpx.get(f"{site.server.url}/info/", headers={"Origin": "http://elsewhere.example"})
+    assert "access-control-allow-origin" not in answer.headers
+
+
+def test_the_log_can_be_read_through_the_server(site: Site) -> None:
+    assert "MSHub" in httpx.get(f"{site.server.url}/logs/?lines=1000").text
+
+
 def test_bad_json_in_other_requests_is_a_400(site: Site) -> None:
     answer = httpx.put(
         f"{site.server.url}/datastore/label?image=case01", data={"params": "{oops"}, files={"label": ("x.nii.gz", b"x")}

@@ -61,7 +61,7 @@ def test_a_folder_opens_with_everything_a_server_needs_to_know(two_channels: Pat
     assert folder.labels.has_regions
     assert (folder.configuration, folder.trainer, folder.reader) == ("3d_fullres", "nnUNetTrainer", "SimpleITKIO")
     assert (folder.folds, folder.checkpoint_name) == (("0",), "checkpoint_final.pth")
-    assert (folder.mirror_axes, folder.dimension) == ((0, 1, 2), 3)
+    assert folder.mirror_axes == (0, 1, 2)
 
 
 def test_channels_are_ordered_by_number_not_by_text(folder: Path) -> None:

@@ -18,12 +18,12 @@ LIBRARY, APP = ROOT / "src" / "mshub", ROOT / "apps" / "mshub"
 LIBRARY_LAYERS = (
     *("errors", "label_rules", "dataset_json", "labels", "model_card", "card_draft", "catalogue"),
     *("checksums", "sources", "archive", "downloads", "http_file", "drive", "fetch", "store"),
-    *("image_limits", "geometry", "image_file", "nifti", "itk_files", "dicom_series", "volume_io"),
+    *("image_limits", "geometry", "image_file", "nifti", "itk_files", "dicom_series", "volume_io", "corrections"),
     *("nnunet.folder", "nnunet.devices", "nnunet.engine", "nnunet.network_cache", "nnunet.predictor"),
     *("bundled", "install", "serve", "console", "cli", "__main__"),
 )
 APP_LAYERS = (
-    *("lib.faults", "lib.conf", "lib.activity", "lib.datastore"),
+    *("lib.faults", "lib.conf", "lib.activity", "lib.datastore", "lib.pacs"),
     *("lib.infers", "lib.activelearning", "lib.app", "lib.server", "main"),
 )
 TORCH = {"torch", "nnunetv2", "dynamic_network_architectures", "batchgenerators", "acvl_utils"}

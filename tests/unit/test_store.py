@@ -272,6 +272,26 @@ def test_only_versions_that_exist_can_be_promoted(store: ModelStore, name: str) 
     assert len(store.history("tiny")) == 1
 
 
+def test_a_record_nobody_can_read_does_not_hide_the_other_models(store: ModelStore) -> None:
+    publish(store, "one", model_id="good")
+    broken = publish(store, "two", model_id="broken")
+    (broken.path / "version.json").chmod(0o644)
+    (broken.path / "version.json").write_text("{")
+    assert store.installed() == ["good"]
+
+
+def test_a_card_of_another_version_of_mshub_can_still_be_read(store: ModelStore) -> None:
+    version = publish(store, "one", card='key_of_the_future = "x"\n' + dump_card(CARD))
+    assert version.card.title == "tiny"
+
+
+def test_a_promotion_whose_history_was_not_written_can_be_rolled_back(store: ModelStore) -> None:
+    publish(store, "one")
+    publish(store, "two")
+    (store.home / "models" / "tiny" / "current").write_text("v2\n")
+    assert store.rollback("tiny").version == "v1"
+
+
 # -- checking -----------------------------------------------------------------------------------------------------
 
 

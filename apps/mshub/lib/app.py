@@ -22,13 +22,14 @@ from lib.conf import Config
 from lib.datastore import StudiesFolder
 from lib.faults import as_http_errors, not_found
 from lib.infers import NNUNetInferTask
+from lib.pacs import open_pacs
 from mshub.nnunet.devices import available_devices
 from mshub.nnunet.network_cache import NetworkCache
 from mshub.store import ModelStore
 
 logger = logging.getLogger(__name__)
 
-DESCRIPTION = "nnU-Net models for automatic segmentation, fine-tuning and active learning. For research use."
+DESCRIPTION = "nnU-Net models for automatic segmentation. For research use."
 
 
 class MSHubApp(MONAILabelApp):  # type: ignore[misc]
@@ -69,11 +70,13 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
     # -- what there is ------------------------------------------------------------------------------------------
 
     def init_datastore(self) -> Datastore:
-        """Return the studies folder; addresses are left to MONAI Label."""
+        """Return the studies folder, or the series behind a DICOMweb address."""
         if "://" in self.studies:
-            return super().init_datastore()
+            return open_pacs(self.studies.rstrip("/"))
         return StudiesFolder(
             self.studies,
+            self._structures,
+            self.store.home / "refused-labels",
             auto_reload=settings.MONAI_LABEL_DATASTORE_AUTO_RELOAD,
             read_only=settings.MONAI_LABEL_DATASTORE_READ_ONLY,
         )
@@ -106,12 +109,9 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         logging.getLogger("timeloop").disabled = True
         super().on_init_complete()
 
-    def _download_dcmqi_tools(self) -> None:
-        """Fetch MONAI Label's DICOM SEG writer where it can be had; reading a PACS works without it."""
-        try:
-            super()._download_dcmqi_tools()
-        except Exception as error:
-            logger.warning("dcmqi could not be downloaded (%s): labels cannot be stored as DICOM SEG", error)
+    def _structures(self) -> set[str]:
+        """Return the names of all structures the installed models know: what a submitted label may hold."""
+        return {name for model in self._served() for name in self.store.current(model).record["labels"]}
 
     def _served(self) -> list[str]:
         installed = self.store.installed()
@@ -143,13 +143,37 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         path, params = task(request)
         label = path
         if request.get("save_label") and request["image_id"]:
-            tag = request.get("label_tag") or DefaultLabelTag.ORIGINAL.value
-            label = datastore.save_label(request["image_id"], path, tag, {"model": task.model_id, "params": params})
+            tag = request.get("label_tag") or DefaultLabelTag.ORIGINAL
+            tag = str(getattr(tag, "value", tag))  # an enum in MONAI Label's batch, text in a request
+            info = {"model": task.model_id, "params": params}
+            try:
+                label = _keep_prediction(datastore, request["image_id"], path, tag, info)
+            except BaseException:
+                Path(path).unlink(missing_ok=True)
+                raise
         return {"label": label, "tag": DefaultLabelTag.ORIGINAL.value, "file": path, "params": params}
 
     def batch_infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> Any:
         """Segment many images; MONAI Label, left to itself, shares them among the GPUs and divides by their number."""
-        return super().batch_infer({"multi_gpu": available_devices() != ["cpu"], **request}, datastore)
+        multi_gpu = request.get("multi_gpu", True) and available_devices() != ["cpu"]
+        return self._batch_infer(
+            {**request, "multi_gpu": multi_gpu}, datastore or self.datastore(), self._infer_or_tell
+        )
+
+    def _infer_or_tell(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
+        """Segment one image of a batch; a bad image is told in its place and does not end the batch."""
+        try:
+            return self.infer(request, datastore)
+        except HTTPException as error:
+            logger.warning("batch: %s: %s", request.get("image"), error.detail)
+            return {"error": error.detail}
+
+    def _is_session_image(self, request: dict[str, Any], image: str) -> bool:
+        """Return whether `image` is the image of a session of this server: the request alone is not believed."""
+        session = request.get("session")
+        path = Path(image).resolve()
+        folder = Path(self._sessions.store_path).resolve() if self._sessions else None
+        return isinstance(session, dict) and session.get("image") == image and folder in path.parents
 
     def next_sample(self, request: dict[str, Any]) -> dict[str, Any]:
         """Return the next case to label; 404 for an unknown strategy."""
@@ -173,10 +197,10 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         image = request.get("image")
         if not isinstance(image, str) or not image:
             raise HTTPException(400, "The request names no image: send an image id, a session id or a file.")
-        if request.get("session") or _is_upload(image):
+        if self._is_session_image(request, image) or _is_upload(image):
             return {"image_id": "", "image": image, "channels": _files_of(Path(image))}
         if not isinstance(datastore, StudiesFolder):
-            uri = _dicomweb_uri(datastore, image)
+            uri = datastore.get_image_uri(image)
             return {"image_id": image, "image": uri, "channels": [uri]}
         if image not in datastore.list_images():
             raise not_found("image", image, sorted(datastore.list_images()))
@@ -184,11 +208,10 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         return {"image_id": image, "image": channels[0], "channels": channels}
 
 
-def _dicomweb_uri(datastore: Datastore, image: str) -> str:
-    try:
-        return str(datastore.get_image_uri(image))
-    except (IndexError, KeyError) as error:  # what MONAI Label makes of an empty answer of the PACS
-        raise HTTPException(404, f"The PACS has no series {image!r}.") from error
+def _keep_prediction(datastore: Datastore, image: str, path: str, tag: str, info: dict[str, Any]) -> str:
+    if isinstance(datastore, StudiesFolder):
+        return datastore.save_prediction(image, Path(path), tag, info)
+    return str(datastore.save_label(image, path, tag, info))
 
 
 def _is_upload(image: str) -> bool:

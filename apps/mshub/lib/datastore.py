@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import shutil
+import time
+from collections.abc import Callable, Collection
+from contextlib import nullcontext
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from fastapi import HTTPException
-from monailabel.datastore.local import LocalDatastore
+from filelock import FileLock
+from monailabel.datastore.local import DataModel, LocalDatastore
+from monailabel.interfaces.datastore import DefaultLabelTag
+
+from lib.faults import as_http_errors, check_name
+from mshub.corrections import read_correction
+from mshub.errors import MSHubError
+from mshub.volume_io import read_grid
 
 IMAGE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha")
 FIRST_CHANNEL = "_0000"
-_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_VERSION = re.compile(r"version_(\d+)")
 _CHANNEL = re.compile(r"(?P<case>.+)_(?P<number>\d{4})")
 
 
@@ -20,9 +34,28 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
 
     ``case.nii.gz`` is the image ``case``. ``case_0000.nii.gz``, ``case_0001.nii.gz``... (nnU-Net's names) are the
     channels of one image ``case``, whose file, for clients that show it, is channel 0.
+
+    Parameters
+    ----------
+    path : str
+        The folder; labels go to ``labels/<tag>/`` in it.
+    structures : callable
+        Returns the names of the structures a submitted label may hold.
+    refused : Path
+        Where labels that were refused are kept.
+    auto_reload, read_only : bool
+        MONAI Label's.
     """
 
-    def __init__(self, path: str, auto_reload: bool = False, read_only: bool = False) -> None:
+    def __init__(
+        self,
+        path: str,
+        structures: Callable[[], Collection[str]],
+        refused: Path,
+        auto_reload: bool = False,
+        read_only: bool = False,
+    ) -> None:
+        self._structures, self._refused = structures, RefusedLabels(refused)
         super().__init__(
             path, extensions=[f"*{ending}" for ending in IMAGE_ENDINGS], auto_reload=auto_reload, read_only=read_only
         )
@@ -66,30 +99,120 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
     def add_image(self, image_id: str, image_filename: str, image_info: dict[str, Any]) -> str:
         """Store an uploaded image under a checked id."""
         if image_id:
-            _check_name("image id", image_id)
+            check_name("image id", image_id)
         if not image_filename.endswith(IMAGE_ENDINGS):
             raise HTTPException(
                 415,
                 f"The upload {Path(image_filename).name} is no volume: expected {', '.join(IMAGE_ENDINGS)}.",
             )
-        stored: str = super().add_image(image_id, image_filename, image_info)
+        ending = _ending(image_filename)
+        name = (image_id or Path(image_filename).name.removesuffix(ending)) + ending
+        _replace_file(Path(image_filename), Path(self._datastore.image_path()) / name)
+        self.refresh()
+        stored = self._id_of(name)
+        self.update_image_info(stored, image_info)
         return stored
 
     def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]) -> str:
-        """Store a label of an image that exists, under a checked tag."""
+        """Check and store a label somebody submits; the one it replaces stays as ``version_N``.
+
+        Parameters
+        ----------
+        image_id : str
+        label_filename : str
+            The submitted file.
+        label_tag : str
+            ``final``, or another name.
+        label_info : dict
+            Needs ``label_info``, the names of the segments: see `mshub.corrections.read_correction`. Stored with it are
+            ``reviewed`` (structures a person looked at), ``voxels``, ``started_from`` (model and version of the
+            pre-label) and ``submitted`` (UTC).
+
+        Raises
+        ------
+        HTTPException
+            404 for an unknown image; 4xx for a label that is refused. The refused file is kept, the message says where.
+        """
+        image = Path(self.get_image_uri(image_id))
+        check_name("label tag", label_tag)
+        started_from = self.get_label_info(image_id, DefaultLabelTag.ORIGINAL.value)
+        with as_http_errors():
+            try:
+                correction = read_correction(
+                    Path(label_filename), label_info.get("label_info"), read_grid(image), self._structures()
+                )
+            except MSHubError as error:
+                kept = self._refused.keep(Path(label_filename), image_id, label_tag, label_info, str(error))
+                raise type(error)(f"{error} The submitted file is kept on the server as {kept}.") from error
+        predicted = started_from.get("params", {}).get("voxel_counts", {})
+        facts = {
+            "reviewed": list(correction.reviewed([name for name, voxels in predicted.items() if voxels])),
+            "voxels": correction.voxels,
+            "started_from": _origin(started_from),
+            "submitted": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
+        return self._store_label(image_id, Path(label_filename), label_tag, {**label_info, **facts})
+
+    def save_prediction(self, image_id: str, path: Path, label_tag: str, label_info: dict[str, Any]) -> str:
+        """Store a label a model made: a pre-label, whose names and numbers are the model's own."""
         self.get_image_uri(image_id)
-        _check_name("label tag", label_tag)
-        stored: str = super().save_label(image_id, label_filename, label_tag, label_info)
-        return stored
+        check_name("label tag", label_tag)
+        return self._store_label(image_id, path, label_tag, label_info)
+
+    def _store_label(self, image_id: str, path: Path, tag: str, info: dict[str, Any]) -> str:
+        """Put a label in place by one rename, after the one it replaces was put aside; then write the index."""
+        _, ending = self._to_id(path.name)
+        with FileLock(self._lock_file):
+            labels, folder = self._datastore.objects[image_id].labels, Path(self._datastore.label_path(tag))
+            old = labels.get(tag)
+            if old is not None and tag != DefaultLabelTag.ORIGINAL.value:
+                self._put_aside(image_id, tag, labels)
+            _replace_file(path, folder / (image_id + ending))
+            if old is not None and old.ext != ending:
+                (folder / (image_id + old.ext)).unlink(missing_ok=True)
+            stored = {**info, "ts": int(time.time()), "name": image_id + ending}
+            labels[tag] = DataModel(info=stored, ext=ending)
+            self._update_datastore_file(lock=False)
+        return image_id
+
+    def _put_aside(self, image_id: str, tag: str, labels: dict[str, DataModel]) -> None:
+        """Copy the label that is about to be replaced to the next ``version_N``, which the Reviewer tool shows."""
+        numbers = [int(match[1]) for match in map(_VERSION.fullmatch, labels) if match]
+        version, old = f"version_{max(numbers, default=0) + 1}", labels[tag]
+        name = image_id + old.ext
+        _replace_file(Path(self._datastore.label_path(tag)) / name, Path(self._datastore.label_path(version)) / name)
+        labels[version] = DataModel(info={**old.info, "replaced_tag": tag}, ext=old.ext)
+
+    def _update_datastore_file(self, lock: bool = True) -> None:
+        """Write the index whole or not at all; MONAI Label truncates it first, and a crash then loses everything."""
+        with FileLock(self._lock_file) if lock else nullcontext():
+            index = Path(self._datastore_config_path)
+            content = json.dumps(self._datastore.model_dump(exclude={"base_path"}), indent=2, default=str)
+            self._ignore_event_config = True
+            pending = index.with_name(f".{index.name}.part")
+            with pending.open("w", encoding="utf-8") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            pending.replace(index)
+            self._config_ts = index.stat().st_mtime
 
     def remove_image(self, image_id: str) -> None:
-        """Remove an image and its labels; 404 for an id that is not in the datastore."""
-        self.get_image_uri(image_id)
+        """Remove an image with all its channels and labels; 404 for an id that is not in the datastore."""
+        channels = self.channels(image_id)
         super().remove_image(image_id)
+        for path in channels[1:]:
+            path.unlink(missing_ok=True)
+        self.refresh()
+
+    def _id_of(self, name: str) -> str:
+        """Return the id of the image that a file of the folder belongs to."""
+        case = _channel_case(name, _ending(name))
+        return case if case is not None and case in self._datastore.objects else self._to_id(name)[0]
 
     def _to_id(self, file: str) -> tuple[str, str]:
         """Return (id, ending): ``case_0000.nii.gz`` is ``("case", "_0000.nii.gz")``."""
-        ending = next((ending for ending in IMAGE_ENDINGS if file.endswith(ending)), Path(file).suffix)
+        ending = _ending(file) or Path(file).suffix
         stem = file.removesuffix(ending) if ending else file
         if stem.endswith(FIRST_CHANNEL):
             return stem.removesuffix(FIRST_CHANNEL), FIRST_CHANNEL + ending
@@ -101,8 +224,44 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
         return {name: file for name, file in found.items() if not _is_further_channel(name, found)}
 
 
+class RefusedLabels:
+    """Labels nobody could use as they came: kept, with the reason, for the person who drew them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def keep(self, label: Path, image_id: str, tag: str, info: dict[str, Any], reason: str) -> str:
+        """Copy `label` aside, with a ``.json`` of the reason and the request beside it; returns its name."""
+        stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S.%f")
+        name = f"{image_id}_{stamp}{''.join(label.suffixes[-2:])}"
+        _replace_file(label, self._folder / name)
+        facts = {"image": image_id, "tag": tag, "reason": reason, "params": info}
+        (self._folder / f"{name}.json").write_text(json.dumps(facts, indent=2, default=str), encoding="utf-8")
+        return f"{self._folder.name}/{name}"
+
+
+def _replace_file(source: Path, target: Path) -> None:
+    """Copy `source` to `target`, which is the old file or the whole new one at any moment."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    pending = target.with_name(f".{target.name}.part")
+    shutil.copyfile(source, pending)
+    with pending.open("rb") as file:
+        os.fsync(file.fileno())
+    pending.replace(target)
+
+
+def _origin(prelabel: dict[str, Any]) -> dict[str, Any] | None:
+    """Return model and version of the pre-label a correction started from; None without one."""
+    params = prelabel.get("params", {})
+    return {"model": params["model"], "version": params["model_version"]} if "model_version" in params else None
+
+
+def _ending(name: str) -> str:
+    return next((ending for ending in IMAGE_ENDINGS if name.endswith(ending)), "")
+
+
 def _is_further_channel(name: str, siblings: dict[str, str]) -> bool:
-    ending = next((ending for ending in IMAGE_ENDINGS if name.endswith(ending)), "")
+    ending = _ending(name)
     case = _channel_case(name, ending)
     return (
         case is not None
@@ -114,10 +273,3 @@ def _is_further_channel(name: str, siblings: dict[str, str]) -> bool:
 def _channel_case(name: str, ending: str) -> str | None:
     match = _CHANNEL.fullmatch(name.removesuffix(ending))
     return match["case"] if match else None
-
-
-def _check_name(what: str, name: str) -> None:
-    if not _ID.fullmatch(name) or ".." in name:
-        raise HTTPException(
-            400, f"The {what} {name[:80]!r} is refused: expected letters, digits, '.', '_' and '-', without '..'."
-        )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from fastapi import HTTPException
 
 from mshub.errors import MSHubError
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 def http_error(error: MSHubError) -> HTTPException:
@@ -28,3 +31,11 @@ def not_found(what: str, name: str, known: list[str]) -> HTTPException:
     """Return a 404 that names what was asked for and some of what there is."""
     some = ", ".join(known[:10]) + (f" and {len(known) - 10} more" if len(known) > 10 else "")
     return HTTPException(status_code=404, detail=f"There is no {what} {name!r} here. Known: {some or 'none'}.")
+
+
+def check_name(what: str, name: str) -> None:
+    """Refuse an id or tag that could be more than a file name."""
+    if not _NAME.fullmatch(name) or ".." in name:
+        raise HTTPException(
+            400, f"The {what} {name[:80]!r} is refused: expected letters, digits, '.', '_' and '-', without '..'."
+        )

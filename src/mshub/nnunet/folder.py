@@ -176,11 +176,6 @@ class ModelFolder:
         """Name of the nnU-Net reader class the model was trained with."""
         return str(self.plans.get("image_reader_writer", "SimpleITKIO"))
 
-    @property
-    def dimension(self) -> int:
-        """2 or 3: the number of spatial axes the network sees at once."""
-        return len(self.configuration_manager.patch_size)
-
     @cached_property
     def plans_manager(self) -> PlansManager:
         """nnU-Net's own view of `plans`."""

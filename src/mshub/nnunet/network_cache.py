@@ -58,21 +58,27 @@ class NetworkCache:
         self._engines: dict[_EngineKey, Engine] = {}
         self._lock = threading.Lock()
         self._device_locks: dict[str, threading.Lock] = {}
+        self._forgotten: dict[str, int] = {}
 
     def engine(self, folder: ModelFolder, folds: tuple[str, ...], device: torch.device) -> _DeviceLease:
         """Wait for `device`, then hold it with the engine of `folder` loaded, until the ``with`` block ends."""
         with self._lock:
             lock = self._device_locks.setdefault(str(device), threading.Lock())
+            forgotten = self._forgotten.get(str(folder.path), 0)
         key = (str(folder.path), folds, str(device))
-        return _DeviceLease(lock, lambda: self._get(key, folder, folds, device))
+        return _DeviceLease(lock, lambda: self._get(key, folder, folds, device, forgotten))
 
-    def _get(self, key: _EngineKey, folder: ModelFolder, folds: tuple[str, ...], device: torch.device) -> Engine:
+    def _get(
+        self, key: _EngineKey, folder: ModelFolder, folds: tuple[str, ...], device: torch.device, forgotten: int
+    ) -> Engine:
         with self._lock:
             engine = self._engines.pop(key, None)
         if engine is None:
             logger.info("loading %s, fold %s, on %s", folder.path, ",".join(folds), device)
             engine = Engine(folder, folds, device)
         with self._lock:
+            if forgotten != self._forgotten.get(key[0], 0):
+                return engine  # the folder was given up while this request waited: used once more, not kept
             self._engines[key] = engine  # re-inserted last: a dict keeps insertion order, oldest first
             self._evict(keep=key)
         return engine
@@ -88,6 +94,7 @@ class NetworkCache:
     def forget(self, path: Path) -> None:
         """Drop every network of the folder at `path`, after it stopped being the current version."""
         with self._lock:
+            self._forgotten[str(path)] = self._forgotten.get(str(path), 0) + 1
             for key in [key for key in self._engines if key[0] == str(path)]:
                 del self._engines[key]
 

@@ -60,7 +60,7 @@ def labelled(app: MSHubApp, tmp_path: Path) -> Callable[[str], None]:
     label = make_image(tmp_path / "label.nii.gz", SHAPE)
 
     def save(image: str) -> None:
-        app.datastore().save_label(image, str(label), "final", {})
+        app.datastore().save_prediction(image, label, "final", {})
 
     return save
 
@@ -228,15 +228,33 @@ def test_a_session_of_several_files_is_a_case_of_several_channels(
     app: MSHubApp, installed: ModelStore, two_channels: Path, studies: Path, tmp_path: Path
 ) -> None:
     add_model(installed, "tumour", two_channels)
-    session = tmp_path / "session"
+    session = tmp_path / "upload"
     session.mkdir()
     for number in range(2):
         shutil.copy(studies / f"mr_000{number}.nii.gz", session / f"mr_000{number}.nii.gz")
-    result = app.infer({"model": "tumour", "image": str(session), "session": {"name": "x"}})
+    _, info = app.sessions().add_session(str(session))
+    result = app.infer({"model": "tumour", "image": info.image, "session": info.to_json()})
     expected = app.infer({"model": "tumour", "image": "mr"})
     np.testing.assert_array_equal(
         read_volume(Path(result["file"])).array_xyz, read_volume(Path(expected["file"])).array_xyz
     )
+
+
+def test_a_request_that_only_claims_to_be_a_session_reads_no_file(app: MSHubApp, tmp_path: Path) -> None:
+    secret = make_image(tmp_path / "another patient.nii.gz", SHAPE)
+    for session in (True, {"image": str(secret)}, {"name": "x"}):
+        status, _ = refusal(app.infer, {"model": "tiny", "image": str(secret), "session": session})
+        assert status == 404
+
+
+def test_a_bad_image_of_a_batch_is_told_in_its_place_and_the_others_are_done(app: MSHubApp, studies: Path) -> None:
+    (studies / "bad.nii.gz").write_bytes(b"no image")
+    app.datastore().refresh()
+    default_body = {"device": "cuda", "multi_gpu": True, "gpus": "all", "max_workers": 1, "save_label": True}
+    result = app.batch_infer({"model": "tiny", "images": ["a", "bad"], "profile": "fast", **default_body})
+    assert "damaged" in result["bad"]["error"]
+    assert result["a"]["params"]["label_names"]
+    assert "original" in app.datastore().get_labels_by_image_id("a")
 
 
 @pytest.mark.parametrize("model", ["nothing", "", None, "../tiny", ["tiny"], {"a": 1}])

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import deque
 from typing import Annotated, Any
 
 from fastapi import BackgroundTasks, Depends, File, Form, HTTPException, Request, UploadFile
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from fastapi.routing import APIRoute
 from monailabel.app import app
 from monailabel.config import settings
+from monailabel.endpoints import session
 from monailabel.endpoints.infer import ResultType, run_inference
 from monailabel.endpoints.user.auth import RBAC, User
 from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoundException, MONAILabelException
@@ -50,6 +52,28 @@ def infer(
     except BaseException:
         _clean_up(background_tasks)
         raise
+
+
+def create_session(
+    background_tasks: BackgroundTasks,
+    user: Annotated[User, Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER))],
+    files: Annotated[list[UploadFile], File()],
+    uncompress: bool = False,
+    expiry: int = 0,
+) -> Any:
+    """Keep an uploaded image for requests to come; archives are refused, as unpacking them can write anywhere."""
+    if uncompress:
+        raise HTTPException(400, "Archives are not unpacked here: send the image itself, or the files of its series.")
+    return session.create_session(background_tasks, False, expiry, files)
+
+
+def logs(user: Annotated[User, Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER))], lines: int = 300) -> Response:
+    """Return the last lines of the server's log as text."""
+    log = app_instance().store.home / "logs" / "server.log"
+    if not log.is_file():
+        raise HTTPException(404, "This server was not started by mshub serve and keeps no log of its own.")
+    with log.open(encoding="utf-8", errors="replace") as file:
+        return PlainTextResponse("".join(deque(file, max(1, min(lines, 10_000)))))
 
 
 def status() -> dict[str, Any]:
@@ -106,6 +130,8 @@ async def _on_surprise(request: Request, error: Exception) -> JSONResponse:
 
 def _extend(api: Any) -> None:
     api.router.routes.insert(0, APIRoute("/infer/{model}", infer, methods=["POST"], tags=["Infer"]))
+    api.router.routes.insert(0, APIRoute("/session/", create_session, methods=["PUT"], tags=["Session"]))
+    api.router.routes.insert(0, APIRoute("/logs/", logs, methods=["GET"], tags=["Others"]))
     api.router.routes.insert(0, APIRoute("/mshub/status", status, methods=["GET"], tags=["MSHub"]))
     api.add_exception_handler(MSHubError, _on_our_error)
     api.add_exception_handler(json.JSONDecodeError, _on_bad_json)
