@@ -283,7 +283,7 @@ def serve(
     folder = _prepare_samples(store) if sample else _studies(str(studies))
     command = server_command(folder, host, port, _pairs(conf or []), write_log_config(store.home))
     _announce(store, folder, host, port)
-    raise typer.Exit(run_server(command, server_environment(store.home, port)))
+    raise typer.Exit(run_server(command, server_environment(store.home)))
 
 
 def _prepare_samples(store: ModelStore) -> str:

@@ -62,15 +62,11 @@ def write_log_config(home: Path) -> Path:
     return path
 
 
-def server_environment(home: Path, port: int) -> dict[str, str]:
-    """Return the environment of the server: the app on its import path, all state under `home`.
-
-    Pages of other origins may not read it: MONAI Label, left to itself, lets any web page do so.
-    """
+def server_environment(home: Path) -> dict[str, str]:
+    """Return the environment of the server: the app on its import path, all state under `home`."""
     path = [str(app_folder()), *filter(None, [os.environ.get("PYTHONPATH")])]
     sessions, cache = home / "sessions", home / "dicom-cache"
     return {
-        "MONAI_LABEL_CORS_ORIGINS": json.dumps([f"http://127.0.0.1:{port}", f"http://localhost:{port}"]),
         "MONAI_LABEL_SESSION_PATH": str(sessions),
         "MONAI_LABEL_DATASTORE_CACHE_PATH": str(cache),
         "MONAI_LABEL_DICOMWEB_CACHE_PATH": str(cache),

@@ -54,27 +54,21 @@ def test_everything_the_server_writes_lies_under_the_home(tmp_path: Path, monkey
     for name in list(os.environ):
         if name.startswith("MONAI_LABEL_"):
             monkeypatch.delenv(name)
-    environment = server_environment(tmp_path, 8123)
+    environment = server_environment(tmp_path)
     assert environment["MSHUB_HOME"] == str(tmp_path)
     for name in ("SESSION_PATH", "DATASTORE_CACHE_PATH", "DICOMWEB_CACHE_PATH"):
         assert Path(environment[f"MONAI_LABEL_{name}"]).is_relative_to(tmp_path), name
 
 
-def test_pages_of_other_origins_cannot_read_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MONAI_LABEL_CORS_ORIGINS", raising=False)
-    origins = json.loads(server_environment(tmp_path, 8123)["MONAI_LABEL_CORS_ORIGINS"])
-    assert origins == ["http://127.0.0.1:8123", "http://localhost:8123"]
-
-
 def test_a_pacs_shows_mr_as_well_as_ct(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MONAI_LABEL_DICOMWEB_SEARCH_FILTER", raising=False)
-    assert json.loads(server_environment(tmp_path, 8123)["MONAI_LABEL_DICOMWEB_SEARCH_FILTER"]) == {"Modality": "CT,MR"}
+    assert json.loads(server_environment(tmp_path)["MONAI_LABEL_DICOMWEB_SEARCH_FILTER"]) == {"Modality": "CT,MR"}
 
 
 def test_the_operators_own_settings_win_except_for_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MONAI_LABEL_SESSION_PATH", "/elsewhere")
     monkeypatch.setenv("MSHUB_HOME", "/not/this/one")
-    environment = server_environment(tmp_path, 8123)
+    environment = server_environment(tmp_path)
     assert environment["MONAI_LABEL_SESSION_PATH"] == "/elsewhere"
     assert environment["MSHUB_HOME"] == str(tmp_path)
 
@@ -86,13 +80,13 @@ def test_the_app_is_on_the_import_path_of_the_server_and_its_children(
     monkeypatch.delenv("PYTHONPATH", raising=False)
     if before:
         monkeypatch.setenv("PYTHONPATH", before)
-    found = server_environment(tmp_path, 8123)["PYTHONPATH"].split(os.pathsep)
+    found = server_environment(tmp_path)["PYTHONPATH"].split(os.pathsep)
     assert found == [str(app_folder()), *([before] if before else [])]
 
 
 def test_this_process_keeps_its_own_environment(tmp_path: Path) -> None:
     before = dict(os.environ)
-    server_environment(tmp_path, 8123)
+    server_environment(tmp_path)
     assert dict(os.environ) == before
 
 

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 from fastapi import BackgroundTasks, Depends, File, Form, HTTPException, Request, UploadFile
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from fastapi.routing import APIRoute
-from monailabel.app import app
 from monailabel.config import settings
 from monailabel.endpoints import session
 from monailabel.endpoints.infer import ResultType, run_inference
@@ -19,6 +18,13 @@ from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoun
 from monailabel.interfaces.utils.app import app_instance
 
 from mshub.errors import MSHubError
+
+# Read when monailabel.app is imported; empty would let the pages of every origin read images and labels. Not set in
+# the environment, where MONAI Label 0.8.5 cannot write it back.
+if not settings.MONAI_LABEL_CORS_ORIGINS:
+    settings.MONAI_LABEL_CORS_ORIGINS = [f"http://127.0.0.1:{settings.MONAI_LABEL_SERVER_PORT}"]
+
+from monailabel.app import app
 
 logger = logging.getLogger(__name__)
 
