@@ -18,7 +18,7 @@ from live import LiveServer
 from mshub.install import add_model
 from mshub.store import ModelStore
 
-READERS = ("SimpleITKIO", "NibabelIOWithReorient")
+READERS = ("SimpleITKIO", "SimpleITKIOWithReorient", "NibabelIO", "NibabelIOWithReorient")
 GRIDS = odd_grids()
 
 
