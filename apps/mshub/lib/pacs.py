@@ -74,7 +74,7 @@ class PacsSeries(DICOMWebDatastore):  # type: ignore[misc]
         with self._downloading:
             try:
                 self._fetch_whole(image_id)
-                return str(super().get_image_uri(image_id))
+                return self._kept(image_id, Path(super().get_image_uri(image_id)))
             except (IndexError, KeyError) as error:  # what MONAI Label makes of an empty answer of the PACS
                 raise HTTPException(404, f"The PACS has no series {image_id!r}.") from error
 
@@ -89,6 +89,14 @@ class PacsSeries(DICOMWebDatastore):  # type: ignore[misc]
         check_name("label tag", label_tag)
         stored: str = super().save_label(image_id, label_filename, label_tag, label_info, label_id)
         return stored
+
+    def _kept(self, image_id: str, path: Path) -> str:
+        """Return the file in the cache; MONAI Label returns the temporary one it was copied from, and leaves it."""
+        kept = Path(self._datastore.image_path()).resolve() / f"{image_id}.nii.gz"
+        if path != kept and kept.is_file() and path.is_file():
+            path.unlink()
+            return str(kept)
+        return str(path)
 
     def _fetch_whole(self, image_id: str) -> None:
         folder = Path(self._datastore.image_path()) / image_id
