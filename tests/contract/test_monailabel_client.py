@@ -108,7 +108,10 @@ def test_a_prelabel_is_kept_with_the_version_that_made_it(client: MONAILabelClie
 
 
 def test_batch_inference_prelabels_the_unlabelled(client: MONAILabelClient, site: Site) -> None:
-    params = {"profile": "fast", "device": "cpu", "multi_gpu": False, "max_workers": 1, "max_batch_size": 1}
+    before = _prelabelled(client)
+    # The body MONAI Label itself proposes, with a limit.
+    params = {"profile": "fast", "device": "cuda", "multi_gpu": True, "gpus": "all", "max_workers": 1}
+    params.update(save_label=True, label_tag="original", max_batch_size=1)
     started = httpx.post(f"{site.server.url}/batch/infer/tiny?images=unlabeled", json=params)
     assert started.status_code == 200, started.text
     deadline = time.monotonic() + 240
@@ -117,8 +120,12 @@ def test_batch_inference_prelabels_the_unlabelled(client: MONAILabelClient, site
         time.sleep(1)
         status = httpx.get(f"{site.server.url}/batch/infer").json()
     assert status["status"] == "DONE", status
-    time.sleep(2)  # the server sees files another process wrote through its folder watcher
-    assert "original" in {tag for image in client.datastore()["objects"].values() for tag in image["labels"]}
+    time.sleep(2)  # the server sees what another process wrote through its folder watcher
+    assert len(_prelabelled(client) - before) == 1
+
+
+def _prelabelled(client: MONAILabelClient) -> set[str]:
+    return {name for name, image in client.datastore()["objects"].items() if "original" in image["labels"]}
 
 
 def test_no_training_is_running(client: MONAILabelClient) -> None:

@@ -60,6 +60,14 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
             path, extensions=[f"*{ending}" for ending in IMAGE_ENDINGS], auto_reload=auto_reload, read_only=read_only
         )
 
+        if auto_reload:
+            self._handler.on_moved = self._on_index_replaced
+
+    def _on_index_replaced(self, event: Any) -> None:
+        """Read the index again after another process, such as a batch, put a new one in place by renaming it."""
+        if event.dest_path == self._datastore_config_path:
+            self._init_from_datastore_file()
+
     def channels(self, image_id: str) -> list[Path]:
         """Return the files of an image, one per channel, in order.
 
@@ -161,7 +169,7 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
 
     def _store_label(self, image_id: str, path: Path, tag: str, info: dict[str, Any]) -> str:
         """Put a label in place by one rename, after the one it replaces was put aside; then write the index."""
-        _, ending = self._to_id(path.name)
+        ending = _ending(path.name) or path.suffix
         with FileLock(self._lock_file):
             labels, folder = self._datastore.objects[image_id].labels, Path(self._datastore.label_path(tag))
             old = labels.get(tag)
@@ -188,7 +196,6 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
         with FileLock(self._lock_file) if lock else nullcontext():
             index = Path(self._datastore_config_path)
             content = json.dumps(self._datastore.model_dump(exclude={"base_path"}), indent=2, default=str)
-            self._ignore_event_config = True
             pending = index.with_name(f".{index.name}.part")
             with pending.open("w", encoding="utf-8") as file:
                 file.write(content)
