@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import numpy as np
 
 from mshub.errors import LabelError
 from mshub.geometry import Grid, Volume, check_same_grid
-from mshub.label_rules import BACKGROUND, fold
+from mshub.label_rules import BACKGROUND, fold, similar_names
 from mshub.volume_io import read_volume
 
 
@@ -119,7 +118,7 @@ def _known_name(name: str, known: Collection[str]) -> str:
     spelled = {fold(structure): structure for structure in known}
     if fold(name) in spelled:
         return spelled[fold(name)]
-    close = [spelled[folded] for folded in get_close_matches(fold(name), spelled, n=2)]
+    close = similar_names(name, known, limit=2)
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
     raise LabelError(
         f"No model on this server knows a structure called {name!r}.{hint} Known: "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from typing import TypeGuard
 
 import numpy as np
@@ -42,6 +43,12 @@ def refuse_similar_names(names: Sequence[str]) -> None:
             expected="names that can be told apart, none of them 'background' or 'ignore'",
             fix="rename them in dataset.json or in the card",
         )
+
+
+def similar_names(name: str, known: Iterable[str], limit: int = 3) -> list[str]:
+    """Return at most `limit` of the known names that `name` may be a misspelling of, spelled as they are known."""
+    spelled = {fold(structure): structure for structure in known}
+    return [spelled[match] for match in get_close_matches(fold(name), spelled, n=limit)]
 
 
 def fold(name: str) -> str:

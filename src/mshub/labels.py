@@ -15,14 +15,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mshub.dataset_json import is_v1_style, read_labels
-from mshub.label_rules import BACKGROUND, IGNORE, fold, is_integer, listed, refusal, refuse_unfit_names
+from mshub.label_rules import BACKGROUND, IGNORE, fold, is_integer, listed, refusal, refuse_unfit_names, similar_names
 
 __all__ = ["BACKGROUND", "IGNORE", "LabelMap", "is_v1_style", "refuse_unfit_names"]
 
@@ -242,8 +241,7 @@ class LabelMap:
             )
 
     def _with_suggestion(self, name: str) -> str:
-        spelled = {fold(known): known for known in self.names}
-        close = [spelled[match] for match in get_close_matches(fold(name), spelled)]
+        close = similar_names(name, self.names)
         hint = f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
         return f"{name!r}{hint}"
 
