@@ -1,14 +1,11 @@
-"""What holds for an image file of any format: how refusals name it, what damage looks like, and how it is replaced."""
+"""What holds for an image file of any format: how refusals name it, what damage looks like, what can be stored."""
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
-from uuid import uuid4
 
 import numpy as np
 from nibabel.spatialimages import HeaderDataError
@@ -74,18 +71,3 @@ def storable(array_xyz: Array, grid: Grid) -> Array:
     if array.dtype.name not in STORABLE:
         raise CaseError(f"cannot write {array.dtype} voxels, expected one of {', '.join(STORABLE)}; convert them")
     return array
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Write beside `path` and rename over it once everything is on disk."""
-    part = path.with_name(f".{uuid4().hex}.part")
-    try:
-        with part.open("xb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise

@@ -16,9 +16,10 @@ from typing import BinaryIO
 import numpy as np
 import SimpleITK as sitk  # noqa: N813 -- the name its own documentation uses
 
+from mshub.atomic_file import replacing
 from mshub.errors import CaseError
 from mshub.geometry import Array, Grid, Volume, from_sitk, grid_from_sitk, lps_affine
-from mshub.image_file import GZIP_LEVEL, extension_of, replacing, storable, truncated
+from mshub.image_file import GZIP_LEVEL, extension_of, storable, truncated
 from mshub.image_limits import check_shape, check_voxel_count
 
 logger = logging.getLogger(__name__)

@@ -23,9 +23,10 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
+from mshub.atomic_file import replacing
 from mshub.errors import CaseError, GeometryError
 from mshub.geometry import Array, Grid, Volume
-from mshub.image_file import GZIP_LEVEL, replacing, storable, truncated
+from mshub.image_file import GZIP_LEVEL, storable, truncated
 from mshub.image_limits import check_shape, check_spacing, check_voxel_count, text_xyz
 
 logger = logging.getLogger(__name__)

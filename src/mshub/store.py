@@ -31,6 +31,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from platformdirs import user_data_path
 
+from mshub.atomic_file import replace_json, replace_text
 from mshub.catalogue import Catalogue, ModelCard, dump_card, parse_card
 from mshub.checksums import tree_sha256
 from mshub.errors import ChecksumMismatch, ModelNotAvailable, MSHubError, StoreError
@@ -163,7 +164,9 @@ class ModelStore:
         finally:
             shutil.rmtree(path, ignore_errors=True)
 
-    def publish(self, model_id: str, model: Path, record: Mapping[str, Any]) -> ModelVersion:
+    def publish(
+        self, model_id: str, model: Path, record: Mapping[str, Any], *, serve_first: bool = True
+    ) -> ModelVersion:
         """Make `model` the next version of `model_id`; the first one becomes current.
 
         Parameters
@@ -174,6 +177,8 @@ class ModelStore:
         record : mapping
             JSON-able facts: origin, licence, labels, channels, card, parent... ``created`` and ``files`` (relative
             path -> sha256) are added here.
+        serve_first : bool
+            False leaves also the first version to be promoted: nobody has judged a model trained here yet.
 
         Returns
         -------
@@ -185,18 +190,20 @@ class ModelStore:
         with self._locked(model_id) as folder:
             for version in self.versions(model_id):
                 if (version.record["files"], version.record.get("card")) == (files, record.get("card")):
-                    self._serve_if_none(folder, version.version)
+                    if serve_first:
+                        self._serve_if_none(folder, version.version)
                     return version
             number = max((version.number for version in self.versions(model_id)), default=0) + 1
             target = folder / f"v{number}"
             self._move_into_place(model, target, {**record, "created": _now(), "files": files})
-            self._serve_if_none(folder, target.name)
+            if serve_first:
+                self._serve_if_none(folder, target.name)
         logger.info("published %s %s", model_id, target.name)
         return _read_version(target)
 
     def keep_card(self, card: ModelCard) -> None:
         """Take the card of a lab's own model into the catalogue of this store."""
-        _replace(writable_folder(self._cards) / f"{card.id}.toml", dump_card(card))
+        replace_text(writable_folder(self._cards) / f"{card.id}.toml", dump_card(card))
 
     def promote(self, model_id: str, version: str, reason: str) -> ModelVersion:
         """Make `version` the current one; predictions that are running finish with the one they started with.
@@ -293,7 +300,7 @@ class ModelStore:
         """Assemble the version beside the model and rename it once, so that a version is whole or absent."""
         assembled = Path(tempfile.mkdtemp(dir=model.parent))
         model.replace(assembled / "model")
-        _write_synced(assembled / "version.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        replace_json(assembled / "version.json", record)
         _make_read_only(assembled)
         assembled.chmod(0o755)  # temporary folders are private; a store may be shared
         assembled.replace(target)
@@ -306,7 +313,7 @@ class ModelStore:
     def _set_current(self, folder: Path, version: str, reason: str, rollback: bool = False) -> None:
         before = self._current_name(folder)
         step = {"time": _now(), "from": before, "to": version, "reason": reason, "rollback": rollback}
-        _replace(folder / "current", version + "\n")
+        replace_text(folder / "current", version + "\n")
         with (folder / "history.jsonl").open("a", encoding="utf-8") as history:
             history.write(json.dumps(step, ensure_ascii=False) + "\n")
 
@@ -336,20 +343,6 @@ def _read_version(path: Path) -> ModelVersion:
             f"{path / 'version.json'} cannot be read ({error}). Remove {path} and install it again."
         ) from error
     return ModelVersion(path.parent.name, path.name, path, record)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Replace a file in one step: readers see the old text or the new."""
-    pending = path.with_name(f".{path.name}.part")
-    _write_synced(pending, text)
-    pending.replace(path)
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _make_read_only(folder: Path) -> None:

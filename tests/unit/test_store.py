@@ -21,14 +21,16 @@ CARD = draft_card("tiny", {"labels": {"background": 0, "liver": 1}, "channel_nam
 RECORD = {"origin": {"how": "added"}, "labels": {"liver": 1}, "parent": None, "card": dump_card(CARD)}
 
 
-def publish(store: ModelStore, content: str, model_id: str = "tiny", **facts: str) -> ModelVersion:
+def publish(
+    store: ModelStore, content: str, model_id: str = "tiny", *, serve_first: bool = True, **facts: str
+) -> ModelVersion:
     """Publish a model of two files, one of which holds `content`."""
     with store.staging() as staging:
         model = staging / "model"
         (model / "fold_0").mkdir(parents=True)
         (model / "plans.json").write_text("{}")
         (model / "fold_0" / "checkpoint_final.pth").write_text(content)
-        return store.publish(model_id, model, {**RECORD, **facts})
+        return store.publish(model_id, model, {**RECORD, **facts}, serve_first=serve_first)
 
 
 def left_behind(store: ModelStore) -> list[Path]:
@@ -173,6 +175,49 @@ def test_a_lock_that_is_not_released_becomes_a_sentence(store: ModelStore, monke
         pytest.raises(StoreError, match="Another process has been changing tiny"),
     ):
         store.promote("tiny", "v1", "again")
+
+
+# -- versions nobody has judged ------------------------------------------------------------------------------------
+
+
+def test_a_first_version_that_must_be_judged_waits_for_its_promotion(store: ModelStore) -> None:
+    version = publish(store, "weights", serve_first=False)
+    assert version.version == "v1"
+    assert store.versions("tiny") == [version]
+    assert store.installed() == []
+    assert store.history("tiny") == []
+    assert store.verify("tiny", "v1") == version
+    with pytest.raises(ModelNotAvailable, match="tiny is not installed"):
+        store.current("tiny")
+    store.promote("tiny", "v1", "gate: better on all 5 cases")
+    assert store.installed() == ["tiny"]
+    assert store.current("tiny") == version
+    assert [(step["from"], step["to"]) for step in store.history("tiny")] == [(None, "v1")]
+
+
+def test_the_same_files_published_again_to_be_judged_still_wait(store: ModelStore) -> None:
+    first = publish(store, "weights", serve_first=False)
+    assert publish(store, "weights", serve_first=False) == first
+    assert store.installed() == []
+
+
+def test_a_version_that_somebody_installs_serves_even_if_others_wait_to_be_judged(store: ModelStore) -> None:
+    publish(store, "trained here", serve_first=False)
+    assert publish(store, "from elsewhere").version == "v2"
+    assert store.current("tiny").version == "v2"
+
+
+def test_installing_the_files_of_a_waiting_version_lets_it_serve(store: ModelStore) -> None:
+    publish(store, "weights", serve_first=False)
+    assert publish(store, "weights").version == "v1"
+    assert store.current("tiny").version == "v1"
+
+
+def test_a_later_version_to_be_judged_changes_nothing_about_what_serves(store: ModelStore) -> None:
+    publish(store, "old")
+    assert publish(store, "new", serve_first=False).version == "v2"
+    assert store.current("tiny").version == "v1"
+    assert len(store.history("tiny")) == 1
 
 
 # -- the pointer --------------------------------------------------------------------------------------------------

@@ -1,0 +1,46 @@
+"""Files that are the old one or the whole new one at any moment: written beside, synced, renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+from uuid import uuid4
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Write beside `path` and rename over it once everything is on disk; an error leaves the old file."""
+    part = path.with_name(f".{uuid4().hex}.part")
+    try:
+        with part.open("xb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replace a file by `text` in UTF-8; its folder is made if needed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as stream:
+        stream.write(text.encode("utf-8"))
+
+
+def replace_json(path: Path, content: Any) -> None:
+    """Replace a file by `content` as indented JSON; what JSON does not know is written as text."""
+    replace_text(path, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def replace_by_copy(source: Path, target: Path) -> None:
+    """Replace `target` by a copy of `source`; its folder is made if needed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with source.open("rb") as read, replacing(target) as written:
+        shutil.copyfileobj(read, written)
