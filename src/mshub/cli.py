@@ -1,4 +1,4 @@
-"""The command line: ``mshub list | show | add | fetch | verify | predict | versions | promote | rollback | serve``.
+"""The command line: ``mshub list | show | add | fetch | verify | predict | finetune | versions | promote`` and more.
 
 Commands import what they need when they run: ``mshub list`` does not wait for torch.
 """
@@ -17,8 +17,18 @@ from rich.table import Table
 
 import mshub
 from mshub.catalogue import ModelCard
-from mshub.console import bytes_progress, err, near, out, print_json, readable, this_command, tile_progress
-from mshub.errors import ConfigError, MSHubError
+from mshub.console import (
+    bytes_progress,
+    epoch_progress,
+    err,
+    near,
+    out,
+    print_json,
+    readable,
+    this_command,
+    tile_progress,
+)
+from mshub.errors import ConfigError, MSHubError, TrainingError
 from mshub.store import ModelStore, ModelVersion
 
 app = typer.Typer(
@@ -135,30 +145,29 @@ def verify(
 
 @app.command()
 def versions(model_id: ModelId, as_json: AsJson = False) -> None:
-    """List the installed versions of a model; the current one serves."""
+    """List the versions of a model, where they come from and what the gate said; the current one serves."""
+    from mshub.lineage import rounds
+
     store = ModelStore()
-    current = store.current(model_id).version
+    found = store.versions(model_id)
+    current = store.current(model_id).version if model_id in store.installed() or not found else None
     rows = [
-        {
-            "version": version.version,
-            "current": version.version == current,
-            "created": version.record["created"],
-            "parent": version.record["parent"],
-            "origin": version.record["origin"],
-        }
-        for version in store.versions(model_id)
+        {**row, "current": row["version"] == current, "origin": version.record["origin"]}
+        for row, version in zip(rounds(store, model_id), found, strict=True)
     ]
     if as_json:
         print_json(rows)
         return
-    table = Table("version", "current", "created", "parent", "origin")
+    table = Table("version", "serves", "created", "parent", "origin", "hold-out Dice", "gate", box=None)
     for row in rows:
         table.add_row(
-            str(row["version"]),
-            "*" if row["current"] else "",
-            str(row["created"]),
-            str(row["parent"] or ""),
+            row["version"],
+            "yes" if row["current"] else "",
+            row["created"][:16].replace("T", " "),
+            row["parent"] or "",
             escape(readable(row["origin"])),
+            "" if row["mean_dice"] is None else f"{row['mean_dice']:.4f} ({row['held_out']})",
+            row["outcome"] or "",
         )
     out.print(table)
 
@@ -263,6 +272,87 @@ def _determinant(affine: Any) -> Any:
     return np.linalg.det(affine[:3, :3])
 
 
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def finetune(
+    model_id: ModelId,
+    images: Annotated[
+        Path, typer.Option(help="Folder of images: case.nii.gz, or case_0000.nii.gz, case_0001.nii.gz per channel.")
+    ],
+    labels: Annotated[
+        Path, typer.Option(help="Folder of reviewed labels, case.nii.gz; a dataset.json there names the integers.")
+    ],
+    epochs: Annotated[int | None, typer.Option(help="Epochs to train.")] = None,
+    iterations: Annotated[int | None, typer.Option(help="Steps per epoch.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Learning rate at its peak.")] = None,
+    guard: Annotated[str | None, typer.Option(help="Against forgetting: distil, interpolate, both or none.")] = None,
+    recipe: Annotated[list[str] | None, typer.Option(help="KEY=VALUE of the recipe; repeatable.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1...")] = "auto",
+) -> None:
+    """Make a better version of a model from reviewed cases; a gate on held-out cases decides whether it serves.
+
+    A model that is only announced is planned by nnU-Net and trained from scratch. Ctrl+C stops; the same command goes
+    on where it was.
+    """
+    from mshub.case_folders import cases_from_folders, read_dataset_json
+    from mshub.jobs import JobRequest, Jobs
+    from mshub.recipe import FROM_SCRATCH, Recipe
+
+    store = ModelStore()
+    if model_id not in store.catalogue() and not store.versions(model_id):
+        store.catalogue().get(model_id)  # raises, and names similar ids
+    parent = store.current(model_id) if model_id in store.installed() else None
+    cases = cases_from_folders(images.resolve(), labels.resolve(), parent.record["labels"] if parent else None)
+    options = {"epochs": epochs, "iterations": iterations, "learning_rate": learning_rate, "guard": guard}
+    further = _pairs("--recipe", recipe or [], "averaging=0.2")
+    chosen = Recipe.from_options({**options, **further}, Recipe() if parent else FROM_SCRATCH)
+    dataset = None if parent else read_dataset_json(labels.resolve())
+    request = JobRequest(
+        model_id, parent.version if parent else None, tuple(cases), chosen, device, dataset, client="mshub finetune"
+    )
+    job = Jobs(store.home).create(request)
+    out.print(
+        f"{model_id}: {len(cases)} reviewed cases, "
+        + (f"continuing {parent.version}" if parent else "a new model planned by nnU-Net")
+        + f". Log: {escape(near(job.path / 'log.txt'))}",
+        soft_wrap=True,
+    )
+    job.spawn()
+    _report_round(store, model_id, _follow(job))
+
+
+def _follow(job: Any) -> dict[str, Any]:
+    """Show a job's progress until it ends; Ctrl+C asks it to stop and waits for it."""
+    import time
+
+    from mshub.jobs import OPEN
+
+    with epoch_progress() as bar:
+        task = bar.add_task("starting", total=None)
+        while (progress := job.progress())["state"] in OPEN:
+            total, epoch = progress.get("total_epochs"), progress.get("epoch")
+            bar.update(task, description=progress.get("stage") or "starting", total=total, completed=epoch or 0)
+            try:
+                time.sleep(0.5)
+            except KeyboardInterrupt:
+                job.ask_to_stop()
+    return dict(progress)
+
+
+def _report_round(store: ModelStore, model_id: str, progress: dict[str, Any]) -> None:
+    if progress["state"] != "done":
+        raise TrainingError(progress.get("message") or f"The training ended as {progress['state']}; see its log.")
+    lineage = store.version(model_id, progress["version"]).record["lineage"]
+    colour = {"promoted": "green", "refused": "red"}.get(progress["outcome"], "yellow")
+    out.print(f"[bold]{model_id} {progress['version']}[/]: [bold {colour}]{progress['outcome']}[/]")
+    for reason in lineage["verdict"]["reasons"]:
+        out.print(f"  - {escape(reason)}", soft_wrap=True)
+    if progress.get("report"):
+        out.print(f"  report: {escape(near(store.home / progress['report']))}", soft_wrap=True)
+
+
 # -- the server -------------------------------------------------------------------------------------------------------
 
 
@@ -281,7 +371,8 @@ def serve(
         raise ConfigError("Say what to serve: either --studies DIR (or a DICOMweb address) or --sample.")
     store = ModelStore()
     folder = _prepare_samples(store) if sample else _studies(str(studies))
-    command = server_command(folder, host, port, _pairs(conf or []), write_log_config(store.home))
+    options = _pairs("--conf", conf or [], "device=cpu")
+    command = server_command(folder, host, port, options, write_log_config(store.home))
     _announce(store, folder, host, port)
     raise typer.Exit(run_server(command, server_environment(store.home)))
 
@@ -308,11 +399,11 @@ def _studies(studies: str) -> str:
     return str(Path(studies).resolve())
 
 
-def _pairs(conf: list[str]) -> dict[str, str]:
-    wrong = [item for item in conf if "=" not in item]
+def _pairs(option: str, items: list[str], example: str) -> dict[str, str]:
+    wrong = [item for item in items if "=" not in item]
     if wrong:
-        raise ConfigError(f"--conf {wrong[0]} has no value; expected KEY=VALUE, such as --conf device=cpu.")
-    return dict(item.split("=", 1) for item in conf)
+        raise ConfigError(f"{option} {wrong[0]} has no value; expected KEY=VALUE, such as {option} {example}.")
+    return dict(item.split("=", 1) for item in items)
 
 
 def _announce(store: ModelStore, studies: str, host: str, port: int) -> None:

@@ -49,6 +49,19 @@ def tile_progress() -> Progress:
     return Progress(*columns, console=err)
 
 
+def epoch_progress() -> Progress:
+    """Return a progress bar for the epochs of a training, on stderr."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("epochs"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=err)
+
+
 def print_json(content: Any) -> None:
     """Print `content` as JSON, unstyled, for programs."""
     sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -27,6 +27,8 @@ class DatasetLabels:
     ----------
     predicted : dict of str to int
         Foreground structures and their values in nnU-Net's output, ascending, all >= 1.
+    drawn : dict of str to int
+        The same structures and their values in label files: as declared, gaps and all; for regions, as predicted.
     has_regions : bool
         The model was trained on overlapping regions.
     ignore_value : int or None
@@ -34,6 +36,7 @@ class DatasetLabels:
     """
 
     predicted: dict[str, int]
+    drawn: dict[str, int]
     has_regions: bool
     ignore_value: int | None
 
@@ -65,7 +68,9 @@ def read_labels(dataset: Mapping[str, object]) -> DatasetLabels:
     predicted = _region_values(structures, dataset) if has_regions else _channel_values(structures)
     _refuse_no_foreground(predicted)
     ascending = dict(sorted(predicted.items(), key=itemgetter(1)))
-    return DatasetLabels(ascending, has_regions, _ignore_value(declared))
+    declared_values = {name: values[0] for name, values in structures}
+    drawn = ascending if has_regions else {name: declared_values[name] for name in ascending}
+    return DatasetLabels(ascending, drawn, has_regions, _ignore_value(declared))
 
 
 def is_v1_style(labels: object) -> bool:

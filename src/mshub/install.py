@@ -72,7 +72,9 @@ def add_model(
         card = card or draft_card(model_id, folder.dataset)
         _check_against_card(folder, card)
         check_weights(folder)
-        version = store.publish(model_id, model, _record(folder, card, origin or {"how": "added", "from": source.name}))
+        version = store.publish(
+            model_id, model, version_record(folder, card, origin or {"how": "added", "from": source.name})
+        )
     if card_path or model_id not in known:
         store.keep_card(card)
     return version
@@ -166,7 +168,10 @@ def _check_against_card(folder: ModelFolder, card: ModelCard) -> None:
         )
 
 
-def _record(folder: ModelFolder, card: ModelCard, origin: Mapping[str, str]) -> dict[str, Any]:
+def version_record(
+    folder: ModelFolder, card: ModelCard, origin: Mapping[str, str], parent: str | None = None
+) -> dict[str, Any]:
+    """Return what the store keeps about a version: see `ModelStore.publish`."""
     return {
         "origin": dict(origin),
         "licence": card.licence,
@@ -176,6 +181,6 @@ def _record(folder: ModelFolder, card: ModelCard, origin: Mapping[str, str]) -> 
         "folds": list(folder.folds),
         "trainer": folder.trainer,
         "reader": folder.reader,
-        "parent": None,
+        "parent": parent,
         "card": dump_card(card),
     }

@@ -7,7 +7,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,16 @@ import torch
 
 import mshub
 from factories import make_image, make_model_folder, odd_grids
-from mshub.catalogue import Catalogue
+from mshub.catalogue import Catalogue, draft_card
 from mshub.cli import main
 from mshub.errors import StoreError
 from mshub.geometry import same_grid
-from mshub.install import add_model
+from mshub.install import add_model, version_record
+from mshub.jobs import Job, Jobs
 from mshub.nnunet.folder import ModelFolder
 from mshub.nnunet.network_cache import NetworkCache
 from mshub.nnunet.predictor import PROFILES, NNUNetPredictor, PredictOptions
+from mshub.recipe import FROM_SCRATCH, Recipe
 from mshub.store import ModelStore
 from mshub.volume_io import read_grid, read_volume
 
@@ -67,6 +69,23 @@ def new_version(store: ModelStore, folder: Path, work: Path) -> str:
     checkpoint["network_weights"]["decoder.seg_layers.1.bias"][2] += 50
     torch.save(checkpoint, path)
     return add_model(store, "tiny", changed).version
+
+
+def trained_here(store: ModelStore, folder: Path) -> None:
+    """Publish the model ``tiny`` as a training from scratch does whose gate could not decide."""
+    model = ModelFolder.open(folder)
+    card = draft_card("tiny", model.dataset)
+    record = version_record(model, card, {"how": "trained here", "from": "3 reviewed cases"})
+    score = {"case": "d", "patient": "p", "dice": {"liver": 0.5, "spleen": 1.0}, "missed": []}
+    record["lineage"] = {
+        "cases": [{"case": name, "digest": name} for name in "abc"],
+        "held_out": [{"case": "d", "digest": "d"}],
+        "scores": {"candidate": [score]},
+        "verdict": {"outcome": "needs a person", "reasons": ["1 case is too few"]},
+    }
+    with store.staging() as staging:
+        store.publish("tiny", Path(shutil.copytree(folder, staging / "model")), record, serve_first=False)
+    store.keep_card(card)
 
 
 # -- looking ------------------------------------------------------------------------------------------------------
@@ -190,7 +209,22 @@ def test_versions_are_promoted_and_rolled_back(
     assert run("rollback", "tiny").out == "tiny now serves v1 again.\n"
     shown = run("versions", "tiny")
     assert shown.code == 0
-    assert re.search(r"v1\W+\*", shown.out)
+    assert re.search(r"^ ?v1 +yes +20\d\d-", shown.out, re.MULTILINE)
+    assert re.search(r"^ ?v2 +20\d\d-", shown.out, re.MULTILINE)
+
+
+def test_versions_nobody_has_judged_are_listed_though_none_serves(
+    run: Run, store: ModelStore, liver_spleen: Path
+) -> None:
+    trained_here(store, liver_spleen)
+    (row,) = run("versions", "tiny", "--json").json()
+    assert (row["version"], row["current"], row["outcome"]) == ("v1", False, "needs a person")
+    assert (row["cases"], row["held_out"], row["mean_dice"]) == (3, 1, 0.75)
+    shown = run("versions", "tiny")
+    assert shown.code == 0
+    assert re.search(r"^ ?v1 +20\d\d-.* 0\.7500 \(1\) +needs a", shown.out, re.MULTILINE)
+    assert run("promote", "tiny", "v1").out == "tiny now serves v1.\n"
+    assert run("versions", "tiny", "--json").json()[0]["current"] is True
 
 
 # -- predicting ---------------------------------------------------------------------------------------------------
@@ -277,6 +311,135 @@ def test_a_bad_output_is_refused_before_anything_is_computed(
     assert (result.code, result.out) == (1, "")
     assert message in result.err
     assert case.read_bytes() == before
+
+
+# -- training -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reviewed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a folder of one image and one of its label; the files are not looked at."""
+    for folder in ("images", "labels", "empty"):
+        (tmp_path / "work" / folder).mkdir(parents=True)
+    for folder in ("images", "labels"):
+        (tmp_path / "work" / folder / "a.nii.gz").write_text(folder)
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "work"
+
+
+@pytest.fixture
+def ending(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Let trainings end with the given progress as soon as they start."""
+
+    def end(**progress: object) -> None:
+        monkeypatch.setattr(Job, "spawn", lambda job: job.tell(**progress))
+
+    return end
+
+
+FOLDERS = ["--images", "images", "--labels", "labels"]
+REFUSALS = [
+    (["tiny", "--images", "nowhere", "--labels", "labels"], "nowhere is no folder. Expected a folder of images"),
+    (["tiny", "--images", "images", "--labels", "nowhere"], "nowhere is no folder. Expected a folder of images"),
+    (["tiny", "--images", "images", "--labels", "empty"], "empty holds no labels"),
+    (["tiny", "--images", "empty", "--labels", "labels"], "The label a.nii.gz has no image"),
+    (["startr", *FOLDERS], "No model is called 'startr'. Did you mean 'starter'?"),
+    (["hn-oar-ct", *FOLDERS], 'Expected: dataset.json there or beside it, with channel_names ({"0": "CT"}) and labels'),
+    (["tiny", *FOLDERS, "--recipe", "epoch=3"], "The recipe has no 'epoch'. Did you mean epochs? Known: averaging"),
+    (["tiny", *FOLDERS, "--recipe", "averaging"], "--recipe averaging has no value; expected KEY=VALUE"),
+    (["tiny", *FOLDERS, "--recipe", "seed=x"], "The recipe's seed is 'x'"),
+    (["tiny", *FOLDERS, "--epochs", "0"], "The recipe's epochs is 0; expected 1 to 10000."),
+    (["tiny", *FOLDERS, "--guard", "hope"], "expected one of distil, interpolate, both, none"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSALS, ids=[" ".join(words) for words, _ in REFUSALS])
+def test_a_training_that_cannot_start_is_refused_with_a_sentence_and_leaves_nothing(
+    run: Run, installed: ModelStore, reviewed: Path, ending: Callable[..., None], arguments: list[str], message: str
+) -> None:
+    ending(state="failed", message="it was started")
+    result = run("finetune", *arguments)
+    assert (result.code, result.out) == (1, "")
+    assert result.err.startswith("mshub: ")
+    assert message in result.err
+    assert not (installed.home / "jobs").exists()
+
+
+def test_the_names_of_labels_must_be_the_models(run: Run, installed: ModelStore, reviewed: Path) -> None:
+    (reviewed / "dataset.json").write_text('{"labels": {"background": 0, "lifer": 1}}')
+    result = run("finetune", "tiny", *FOLDERS)
+    assert result.code == 1
+    assert "names lifer, which the model does not have. Did you mean liver?" in result.err
+
+
+def test_what_was_asked_for_reaches_the_training(
+    run: Run, installed: ModelStore, reviewed: Path, ending: Callable[..., None]
+) -> None:
+    ending(state="failed", message="The GPU ran out of memory.")
+    options = ["--epochs", "3", "--iterations", "7", "--learning-rate", "2e-4", "--guard", "both", "--device", "cuda:1"]
+    result = run("finetune", "tiny", *FOLDERS, *options, "--recipe", "averaging=0.3", "--recipe", "folds=0")
+    job = Jobs(installed.home).latest("tiny")
+    assert job is not None
+    request = job.request
+    assert request.recipe == Recipe(
+        epochs=3, iterations=7, learning_rate=2e-4, guard="both", averaging=0.3, folds=("0",)
+    )
+    assert (request.parent, request.device, request.dataset) == ("v1", "cuda:1", None)
+    (case,) = request.cases
+    assert (case.case_id, case.images) == ("a", (reviewed / "images" / "a.nii.gz",))
+    assert case.values == {"liver": 1, "spleen": 2}
+    assert result.code == 1
+    assert result.err.splitlines()[-1] == "mshub: The GPU ran out of memory."
+    assert result.out.startswith("tiny: 1 reviewed cases, continuing v1. Log: ")
+    assert result.out.rstrip().endswith("log.txt")
+
+
+def test_a_model_that_is_only_announced_is_trained_from_scratch_by_dataset_json(
+    run: Run, store: ModelStore, reviewed: Path, ending: Callable[..., None]
+) -> None:
+    ending(state="failed", message="no")
+    dataset = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "parotid": 4}}
+    (reviewed / "dataset.json").write_text(json.dumps(dataset))
+    result = run("finetune", "hn-oar-ct", *FOLDERS, "--epochs", "5")
+    assert "a new model planned by nnU-Net" in result.out
+    job = Jobs(store.home).latest("hn-oar-ct")
+    assert job is not None
+    request = job.request
+    assert (request.parent, request.dataset) == (None, dataset)
+    assert request.recipe == replace(FROM_SCRATCH, epochs=5)
+    assert request.cases[0].values == {"parotid": 4}
+
+
+def test_a_training_that_was_stopped_says_so(
+    run: Run, installed: ModelStore, reviewed: Path, ending: Callable[..., None]
+) -> None:
+    ending(state="stopped", message="stopped; asked the same again, it goes on where it was")
+    result = run("finetune", "tiny", *FOLDERS)
+    assert result.code == 1
+    assert result.err.splitlines()[-1] == "mshub: stopped; asked the same again, it goes on where it was"
+
+
+def test_a_training_whose_process_died_says_so(
+    run: Run, installed: ModelStore, reviewed: Path, ending: Callable[..., None]
+) -> None:
+    ending(state="running", pid=2**22, message="")
+    result = run("finetune", "tiny", *FOLDERS)
+    assert result.code == 1
+    assert result.err.splitlines()[-1] == "mshub: The training ended as interrupted; see its log."
+
+
+def test_a_model_is_not_trained_twice_at_once(
+    run: Run, installed: ModelStore, reviewed: Path, ending: Callable[..., None]
+) -> None:
+    ending(state="failed", message="no")
+    run("finetune", "tiny", *FOLDERS)
+    job = Jobs(installed.home).latest("tiny")
+    assert job is not None
+    job.tell(state="running")
+    with job.lock:
+        result = run("finetune", "tiny", *FOLDERS)
+    assert (result.code, result.out) == (1, "")
+    assert f"tiny is being trained already ({job.id})" in result.err
 
 
 # -- errors -------------------------------------------------------------------------------------------------------

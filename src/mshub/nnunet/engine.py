@@ -75,7 +75,7 @@ class Engine:
         parameters = [folder.checkpoint(fold)["network_weights"] for fold in folds]
         self._window = _SlidingWindow(device)
         self._window.manual_initialization(
-            _build_network(folder, parameters[0]),
+            load_network(folder, parameters[0]),
             self._plans,
             self._configuration,
             parameters,
@@ -145,14 +145,27 @@ def check_weights(folder: ModelFolder) -> None:
         A checkpoint is damaged, or its weights do not fit the architecture.
     """
     for fold in folder.folds:
-        _build_network(folder, folder.checkpoint(fold)["network_weights"])
+        load_network(folder, folder.checkpoint(fold)["network_weights"])
 
 
-def _build_network(folder: ModelFolder, weights: dict[str, Any]) -> torch.nn.Module:
+def load_network(folder: ModelFolder, weights: dict[str, Any], *, deep_supervision: bool = False) -> torch.nn.Module:
     """Build the architecture the plans name and load `weights` into it, every tensor accounted for.
 
     nnU-Net would ask the trainer class for the network; stock trainers return what the plans say, and importing a
     stranger's trainer is neither safe nor always possible.
+
+    Parameters
+    ----------
+    folder : ModelFolder
+    weights : dict
+        ``network_weights`` of a checkpoint, the segmentation head included.
+    deep_supervision : bool
+        The network returns the outputs of all its resolutions, as training needs them.
+
+    Raises
+    ------
+    ModelFolderError
+        The architecture is not nnU-Net's own, or the weights do not fit it.
     """
     configuration = folder.configuration_manager
     architecture = _checked_architecture(folder)
@@ -163,7 +176,8 @@ def _build_network(folder: ModelFolder, weights: dict[str, Any]) -> torch.nn.Mod
             configuration.network_arch_init_kwargs_req_import,
             determine_num_input_channels(folder.plans_manager, configuration, folder.dataset),
             folder.plans_manager.get_label_manager(folder.dataset).num_segmentation_heads,
-            deep_supervision=False,
+            allow_init=False,
+            deep_supervision=deep_supervision,
         )
         network.load_state_dict(weights)
     except (ImportError, RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:

@@ -14,13 +14,13 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from mshub.errors import CaseError, ChannelError, GeometryError, MSHubError, PredictionError
-from mshub.geometry import Volume, check_channels
+from mshub.errors import GeometryError, MSHubError, PredictionError
+from mshub.geometry import Volume
 from mshub.nnunet.devices import resolve_device
 from mshub.nnunet.engine import Progress
 from mshub.nnunet.folder import ModelFolder
 from mshub.nnunet.network_cache import NetworkCache
-from mshub.volume_io import read_volume, write_nifti
+from mshub.nnunet.reading import read_as_nnunet, read_channels
 
 logger = logging.getLogger(__name__)
 
@@ -156,13 +156,12 @@ class NNUNetPredictor:
         """
         clock = _Clock()
         folds = self._check_folds(options.folds)
-        volumes = self._read_channels(images)
+        volumes = read_channels(images, self.folder.channels)
         clock.lap("read")
         device = resolve_device(options.device)
         try:
-            data, properties, reader = self._load_as_nnunet(images, volumes)
-            if options.input_clip is not None:
-                np.clip(data, *options.input_clip, out=data)
+            reader = self.folder.plans_manager.image_reader_writer_class()
+            data, properties = read_as_nnunet(images, volumes, reader, options.input_clip)
             segmentation = self._segment(data, properties, folds, device, options.profile, progress, clock)
             array_xyz = _to_input_axes(segmentation, properties, reader)
         except MSHubError:
@@ -190,40 +189,6 @@ class NNUNetPredictor:
                 f"Fold {', '.join(unknown)} was asked for; this model has fold {', '.join(self.folder.folds)}."
             )
         return wanted or self.folder.folds
-
-    def _read_channels(self, images: Sequence[Path]) -> list[Volume]:
-        names = self.folder.channels
-        if len(images) != len(names):
-            raise ChannelError(
-                f"{len(images)} image file(s) were given; this model needs {len(names)}, in this order: "
-                f"{', '.join(names)}. In a datastore the files of one case are named case_0000, case_0001, ..."
-            )
-        volumes = [read_volume(path) for path in images]
-        check_channels([volume.grid for volume in volumes], names)
-        return volumes
-
-    def _load_as_nnunet(
-        self, images: Sequence[Path], volumes: Sequence[Volume]
-    ) -> tuple[np.ndarray[Any, Any], dict[str, Any], Any]:
-        """Return (channels, z, y, x) float32, nnU-Net's properties and the reader that made them.
-
-        The file itself goes to nnU-Net's reader where that can read it, so that rounding of the spacing is nnU-Net's
-        own; other formats pass through a NIfTI file on the same grid.
-        """
-        reader = self.folder.plans_manager.image_reader_writer_class()
-        with tempfile.TemporaryDirectory(prefix="mshub-") as scratch:
-            paths = [
-                str(_readable_path(path, volume, reader, Path(scratch) / f"{index:04d}.nii"))
-                for index, (path, volume) in enumerate(zip(images, volumes, strict=True))
-            ]
-            try:
-                data, properties = reader.read_images(paths)
-            except Exception as error:
-                raise CaseError(
-                    f"{images[0].name}: nnU-Net's reader {self.folder.reader} cannot read it ({error}). Save it "
-                    "again as NIfTI with 3D Slicer or SimpleITK."
-                ) from error
-        return data, properties, reader
 
     def _segment(
         self,
@@ -260,13 +225,6 @@ class NNUNetPredictor:
             "device": str(device),
             "input_clip": list(options.input_clip) if options.input_clip else None,
         }
-
-
-def _readable_path(path: Path, volume: Volume, reader: Any, scratch: Path) -> Path:
-    if path.is_file() and path.name.lower().endswith(tuple(reader.supported_file_endings)):
-        return path
-    write_nifti(scratch, volume.array_xyz, volume.grid)
-    return scratch
 
 
 def _to_input_axes(segmentation: np.ndarray[Any, Any], properties: dict[str, Any], reader: Any) -> np.ndarray[Any, Any]:

@@ -80,8 +80,8 @@ def test_info_obeys_what_the_clients_read(app: MSHubApp) -> None:
     assert info["labels"] == ["liver", "spleen"]
     assert list(info["models"]) == ["tiny"]
     assert "random" in info["strategies"]
-    assert info["trainers"] == {}
-    assert info["train_stats"] == {}
+    assert list(info["trainers"]) == ["tiny"]
+    assert info["train_stats"] == {"tiny": {}}
     assert (info["datastore"]["completed"], info["datastore"]["total"]) == (0, 3)
     assert info["name"].startswith("MSHub ")
 

@@ -280,7 +280,7 @@ def test_the_index_is_whole_when_writing_it_breaks_off(
     before = (studies / "datastore_v2.json").read_bytes()
     label = make_label(studies.parent / "label.nii.gz", 1)
     with monkeypatch.context() as patch:
-        patch.setattr("lib.datastore.os.fsync", broken)
+        patch.setattr("mshub.atomic_file.os.fsync", broken)
         with pytest.raises(OSError, match="disk full"):
             datastore.save_label("ct", str(label), "final", scene(liver=1))
     assert (studies / "datastore_v2.json").read_bytes() == before

@@ -1,0 +1,347 @@
+"""Training jobs: each a folder that says what was asked for, how far it is, and what came of it.
+
+::
+
+    <MSHUB_HOME>/jobs/<job>/
+        request.json     model, parent version, cases, recipe: written once
+        labels/          the labels as they were when the training was asked for
+        progress.json    state and progress, replaced as a whole; read by the server and by people
+        log.txt          what the job's process said
+        stop             exists once somebody asked the job to stop
+        .lock            held by the process that works on the job, for as long as it lives
+        work/            checkpoints and preprocessed cases; removed when the job is done
+
+A job is a process of its own. It goes on when the server that started it ends, and whoever looks at the folder sees
+the same: no state is kept anywhere else. Jobs take turns: each waits for the lock of the queue before it computes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from mshub.atomic_file import replace_by_copy, replace_json, replace_text
+from mshub.cases import ReviewedCase
+from mshub.errors import MSHubError, TrainingError
+from mshub.recipe import Recipe
+from mshub.store import writable_folder
+
+logger = logging.getLogger(__name__)
+
+State = Literal["queued", "running", "done", "failed", "stopped", "interrupted"]
+OPEN: tuple[State, ...] = ("queued", "running")
+MAX_ATTEMPTS = 3
+START_GRACE_S = 30.0
+STOP_GRACE_S = 30.0
+
+
+@dataclass(frozen=True)
+class JobRequest:
+    """What somebody asked for.
+
+    Attributes
+    ----------
+    model_id : str
+    parent : str or None
+        Version to continue; None trains from scratch.
+    cases : tuple of ReviewedCase
+        All reviewed cases so far; which of them are held out is decided when the job runs.
+    recipe : Recipe
+    device : str
+    dataset : dict
+        For a training from scratch: channel names and labels as in nnU-Net's ``dataset.json``.
+    client : str
+        Who asked.
+    """
+
+    model_id: str
+    parent: str | None
+    cases: tuple[ReviewedCase, ...]
+    recipe: Recipe
+    device: str = "auto"
+    dataset: dict[str, Any] | None = None
+    client: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the request ready for JSON; `from_dict` reads it back."""
+        return {
+            "model": self.model_id,
+            "parent": self.parent,
+            "cases": [case.as_dict() for case in self.cases],
+            "recipe": self.recipe.as_dict(),
+            "device": self.device,
+            "dataset": self.dataset,
+            "client": self.client,
+        }
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> JobRequest:
+        """Read what `as_dict` wrote."""
+        return cls(
+            model_id=stored["model"],
+            parent=stored["parent"],
+            cases=tuple(ReviewedCase.from_dict(case) for case in stored["cases"]),
+            recipe=Recipe.from_options(stored["recipe"]),
+            device=stored["device"],
+            dataset=stored["dataset"],
+            client=stored["client"],
+        )
+
+
+class Job:
+    """One job, by its folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def id(self) -> str:
+        """Name of the job: model and time."""
+        return self.path.name
+
+    @property
+    def request(self) -> JobRequest:
+        """What was asked for."""
+        return JobRequest.from_dict(_read(self.path / "request.json"))
+
+    @property
+    def model_id(self) -> str:
+        """The model the job trains."""
+        return self.id.rpartition("--")[0]
+
+    @property
+    def work(self) -> Path:
+        """Folder for what the job needs while it runs."""
+        return self.path / "work"
+
+    @property
+    def lock(self) -> FileLock:
+        """The lock that the job's process holds while it lives."""
+        return FileLock(self.path / ".lock")
+
+    def progress(self) -> dict[str, Any]:
+        """Return what the job's process said last; ``state`` is ``interrupted`` where it died saying so."""
+        progress = _read(self.path / "progress.json")
+        if progress["state"] in OPEN and not self.is_alive(progress):
+            progress = _read(self.path / "progress.json")  # it may have ended between the two looks
+            if progress["state"] in OPEN:
+                return {**progress, "state": "interrupted"}
+        return progress
+
+    def is_alive(self, progress: Mapping[str, Any] | None = None) -> bool:
+        """Return whether a process works on the job, or was started a moment ago."""
+        if _is_held(self.lock):
+            return True
+        progress = progress or _read(self.path / "progress.json")
+        return progress.get("pid") is None and time.time() - progress.get("spawned", 0) < START_GRACE_S
+
+    def tell(self, **facts: Any) -> None:
+        """Replace the progress by itself and `facts`; only the job's own process and its starter do so."""
+        progress = {**_read(self.path / "progress.json"), **facts, "updated": _now()}
+        replace_json(self.path / "progress.json", progress)
+
+    def log_tail(self, lines: int = 20) -> list[str]:
+        """Return the last lines of the job's log."""
+        log = self.path / "log.txt"
+        return log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:] if log.is_file() else []
+
+    def ask_to_stop(self) -> None:
+        """Ask the job to end at the next step; it keeps what it has, for a later start to go on from."""
+        replace_text(self.path / "stop", _now() + "\n")
+
+    @property
+    def is_asked_to_stop(self) -> bool:
+        """Whether somebody asked."""
+        return (self.path / "stop").exists()
+
+    def spawn(self, *, resumable: bool = True) -> None:
+        """Start a process that works on the job; it outlives this one.
+
+        Parameters
+        ----------
+        resumable : bool
+            Whether `Jobs.resume_interrupted` may start the job again after its process died.
+        """
+        (self.path / "stop").unlink(missing_ok=True)
+        attempts = _read(self.path / "progress.json")["attempts"] + 1
+        # The process itself writes its pid, once it holds the job's lock: two writers at once would lose a line.
+        self.tell(attempts=attempts, resumable=resumable, message="starting", **_starting())
+        with (self.path / "log.txt").open("a") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "mshub.worker", str(self.path)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        threading.Thread(target=process.wait, daemon=True).start()  # or it would stay a zombie when it ends
+        logger.info("training %s started as process %d", self.id, process.pid)
+
+    def wait(self, poll_s: float = 0.5) -> dict[str, Any]:
+        """Wait until the job has ended; returns its last progress."""
+        while (progress := self.progress())["state"] in OPEN:
+            time.sleep(poll_s)
+        return progress
+
+
+class Jobs:
+    """All jobs under a `MSHUB_HOME`."""
+
+    def __init__(self, home: Path) -> None:
+        self.folder = home / "jobs"
+
+    @property
+    def turn(self) -> FileLock:
+        """The lock a job holds while it computes: one at a time on a machine."""
+        return FileLock(writable_folder(self.folder) / ".turn.lock")
+
+    def all(self) -> list[Job]:
+        """Return all jobs, oldest first."""
+        found = [path.parent for path in self.folder.glob("*/progress.json")]
+        return [Job(path) for path in sorted(found, key=lambda path: path.name.rpartition("--")[2])]
+
+    def latest(self, model_id: str) -> Job | None:
+        """Return the newest job of a model."""
+        return next((job for job in reversed(self.all()) if job.model_id == model_id), None)
+
+    def open(self) -> list[Job]:
+        """Return the jobs that run or wait: the running one first, then in the order they were asked for."""
+        states = [(job, job.progress()["state"]) for job in self.all()]
+        return sorted((job for job, state in states if state in OPEN), key=lambda job: dict(states)[job] != "running")
+
+    def create(self, request: JobRequest) -> Job:
+        """Write down what is to be done, with copies of the labels; nothing starts yet.
+
+        A job of the same model that broke off or was stopped and was asked the very same is returned instead, to go
+        on where it was.
+
+        Raises
+        ------
+        TrainingError
+            A job of this model is open already, or there is no case.
+        """
+        if not request.cases:
+            raise TrainingError(f"There is no reviewed case for {request.model_id} yet: submit a label first.")
+        with FileLock(writable_folder(self.folder) / ".create.lock"):
+            latest = self.latest(request.model_id)
+            state = latest.progress()["state"] if latest else None
+            if latest and state in OPEN:
+                raise TrainingError(
+                    f"{request.model_id} is being trained already ({latest.id}). Wait, or stop it first."
+                )
+            if latest and state in ("interrupted", "stopped") and _asked_for(latest, request):
+                latest.tell(attempts=0, **_starting())  # a person asks: what went wrong before does not count
+                return latest
+            return self._write(request)
+
+    def _write(self, request: JobRequest) -> Job:
+        path = self.folder / f"{request.model_id}--{datetime.now(timezone.utc):%Y%m%dT%H%M%S.%f}"
+        kept = tuple(_keep_label(case, path / "labels") for case in request.cases)
+        replace_json(path / "request.json", replace(request, cases=kept).as_dict())
+        created = {"attempts": 0, "created": _now(), "model": request.model_id, **_starting()}
+        replace_json(path / "progress.json", created)
+        return Job(path)
+
+    def resume_interrupted(self) -> list[Job]:
+        """Start again every job whose process died, unless it died too often or a newer job replaced it."""
+        resumed = []
+        for job in self.all():
+            progress = job.progress()
+            newest = self.latest(job.model_id)
+            if progress["state"] != "interrupted" or newest is None or newest.path != job.path:
+                continue
+            if not progress.get("resumable", True):
+                continue
+            if progress["attempts"] >= MAX_ATTEMPTS:
+                job.tell(state="failed", message=f"It ended {MAX_ATTEMPTS} times without saying why; see its log.")
+                continue
+            job.spawn()
+            resumed.append(job)
+        return resumed
+
+    def stop_all(self) -> list[Job]:
+        """Stop every open job and wait for it; one that does not listen is killed. The serving version stays."""
+        stopping = self.open()
+        for job in stopping:
+            job.ask_to_stop()
+        deadline = time.monotonic() + STOP_GRACE_S
+        for job in stopping:
+            while job.is_alive() and time.monotonic() < deadline:
+                time.sleep(0.1)
+            if job.is_alive():
+                _kill(job.progress().get("pid"))
+            if job.progress()["state"] in (*OPEN, "interrupted"):
+                job.tell(state="stopped", message="stopped")
+        return stopping
+
+
+def _keep_label(case: ReviewedCase, folder: Path) -> ReviewedCase:
+    """Copy the label of a case, which a person may replace while the training runs."""
+    name = case.label.name.lower()
+    ending = ".nii.gz" if name.endswith(".nii.gz") else Path(name).suffix
+    kept = folder / f"{case.case_id}{ending}"
+    replace_by_copy(case.label, kept)
+    return replace(case, label=kept)
+
+
+def _asked_for(job: Job, request: JobRequest) -> bool:
+    """Return whether a job was asked for the same training of the same cases, whoever asked."""
+    try:
+        return _what(job.request) == _what(request) and _of_what(job.request) == _of_what(request)
+    except MSHubError as error:  # a recipe of another version of MSHub, or an image that is gone: it cannot go on
+        logger.info("%s is not gone on with: %s", job.id, error)
+        return False
+
+
+def _what(request: JobRequest) -> tuple[object, ...]:
+    return request.model_id, request.parent, request.recipe, request.device, request.dataset
+
+
+def _of_what(request: JobRequest) -> list[tuple[object, ...]]:
+    """Return what decides of each case how it is used: its content, and whether it may judge."""
+    return sorted((case.case_id, case.patient, case.audit, case.digest) for case in request.cases)
+
+
+def _starting() -> dict[str, Any]:
+    """Return the progress of a job whose process is about to start; it counts as alive until it takes the lock."""
+    return {"state": "queued", "pid": None, "spawned": time.time()}
+
+
+def _is_held(lock: FileLock) -> bool:
+    try:
+        # Another onlooker holds it for an instant only; whoever works on the job holds it on.
+        with lock.acquire(timeout=0.05, poll_interval=0.01):
+            return False
+    except Timeout:
+        return True
+
+
+def _kill(pid: int | None) -> None:
+    """End the process group of a job that does not listen."""
+    if pid:
+        try:
+            os.killpg(pid, signal.SIGKILL)
+        except OSError as error:
+            logger.warning("process %d could not be ended: %s", pid, error)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -1,0 +1,460 @@
+"""One round of the loop: reviewed cases in, a candidate version out, judged, and promoted or not.
+
+Everything a round does can be done again: a job that was killed starts it anew and finds the preprocessed cases, the
+checkpoints, the scores and, at the end, the published version where it left them. Until the one line that promotes the
+candidate is written, the version that served goes on serving.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mshub.atomic_file import replace_by_copy
+from mshub.cases import ReviewedCase
+from mshub.catalogue import ModelCard, draft_card
+from mshub.dataset_json import read_labels
+from mshub.errors import MSHubError, TrainingError
+from mshub.evaluation import Evaluator
+from mshub.gate import GatePolicy, Verdict, judge
+from mshub.holdout import HoldOut
+from mshub.install import version_record
+from mshub.jobs import Job, JobRequest
+from mshub.lineage import CANDIDATE, fitting_cases, original, rounds, used_digests
+from mshub.nnunet.devices import resolve_device
+from mshub.nnunet.engine import check_weights
+from mshub.nnunet.folder import ModelFolder
+from mshub.nnunet.model_writing import write_model_folder
+from mshub.nnunet.planning import plan_model
+from mshub.nnunet.predictor import PROFILES, PredictOptions
+from mshub.nnunet.trainer import EpochReport, Fit, Stopped, train_fold
+from mshub.nnunet.training_set import TrainingSet, prepare
+from mshub.report.contents import Overlay, RoundReport, worst_cases
+from mshub.report.page import write_report
+from mshub.scores import CaseScore
+from mshub.store import ModelStore, ModelVersion
+from mshub.volume_io import read_volume
+
+logger = logging.getLogger(__name__)
+
+GATE_FILE = "gate.toml"
+"""The gate's thresholds, in `MSHUB_HOME`; without it, the defaults of `mshub.gate.GatePolicy`."""
+OVERLAYS = 3
+
+
+def run_round(store: ModelStore, job: Job) -> None:
+    """Do what a job asks for; its progress says how far it is and how it ended.
+
+    Raises
+    ------
+    MSHubError
+        The round cannot be done; nothing was promoted.
+    Stopped
+        Somebody asked the job to stop.
+    """
+    done = _published(store, job)
+    if done is None:
+        done = _Round(store, job).run()
+    try:
+        _promote(store, job, done)
+    finally:
+        _report(store, job, done)  # also what a person has to decide about
+    verdict = done.record["lineage"]["verdict"]
+    job.tell(version=done.version, outcome=verdict["outcome"], message=verdict["summary"])
+    shutil.rmtree(job.work, ignore_errors=True)
+
+
+def _published(store: ModelStore, job: Job) -> ModelVersion | None:
+    """Return the version this job published before it was interrupted."""
+    versions = store.versions(job.model_id)
+    return next((version for version in versions if version.record.get("lineage", {}).get("job") == job.id), None)
+
+
+class _Round:
+    """The part of a round before anything is published."""
+
+    def __init__(self, store: ModelStore, job: Job) -> None:
+        self._store, self._job, self._request = store, job, job.request
+        self._seconds: dict[str, float] = {}
+        self._left_out: dict[str, str] = {}  # case -> why it can neither train nor judge
+        self._device = resolve_device(self._request.device)
+
+    def run(self) -> ModelVersion:
+        policy = GatePolicy.load(self._store.home / GATE_FILE)  # a mistake in it is told before hours of training
+        training, held_out = self._split()
+        if self._parent is None:
+            with self._stage("planning"):
+                self._model_path = self._planned(training)
+        folds = self._folds()
+        with self._stage("preparing"):
+            prepared = self._prepare(training)
+        with self._stage("training"):
+            fits = self._train(prepared, folds)
+        candidate = self._write_candidate(fits)
+        with self._stage("judging"):
+            scores, failures = self._score(candidate, held_out)
+            baselines = {name: found for name, found in scores.items() if name != CANDIDATE}
+            verdict = judge(scores[CANDIDATE], baselines, policy, failures, self._doubts([*training, *held_out]))
+        return self._publish(candidate, prepared, held_out, fits, scores, verdict)
+
+    # -- what is continued --------------------------------------------------------------------------------------
+
+    @cached_property
+    def _parent(self) -> ModelVersion | None:
+        parent = self._request.parent
+        return self._store.version(self._request.model_id, parent) if parent else None
+
+    @cached_property
+    def _model(self) -> ModelFolder:
+        """The model folder to train: the parent's, or the one planned for these cases."""
+        return ModelFolder.open(self._parent.model_path if self._parent else self._model_path)
+
+    @cached_property
+    def _card(self) -> ModelCard:
+        if self._parent:
+            return self._parent.card
+        known = self._store.catalogue()
+        model_id = self._request.model_id
+        return known.get(model_id) if model_id in known else draft_card(model_id, self._model.dataset)
+
+    @property
+    def _options(self) -> PredictOptions:
+        """As the server predicts by default."""
+        return PredictOptions(PROFILES["accurate"], device=str(self._device), input_clip=self._card.input_clip)
+
+    # -- the stages ---------------------------------------------------------------------------------------------
+
+    def _split(self) -> tuple[list[ReviewedCase], list[ReviewedCase]]:
+        structures, channels = self._wanted()
+        cases = fitting_cases(self._request.cases, structures, channels)
+        if not cases:
+            raise TrainingError(
+                f"None of the {len(self._request.cases)} reviewed cases fits {self._request.model_id}: expected "
+                f"{channels} channel(s) and at least one of {', '.join(structures)} reviewed."
+            )
+        ledger = self._store.home / "models" / self._request.model_id / "holdout.json"
+        training, held_out = HoldOut(ledger).split(self._readable(cases))
+        logger.info("%d cases to train on, %d held out", len(training), len(held_out))
+        if not training:
+            raise TrainingError(
+                f"All {len(held_out)} reviewed cases belong to patients that judge versions and never train. Review "
+                "cases of further patients."
+            )
+        return training, held_out
+
+    def _readable(self, cases: Sequence[ReviewedCase]) -> list[ReviewedCase]:
+        """Return the cases whose files are there; from here on, each knows its digest."""
+        for case in cases:
+            try:
+                _ = case.digest
+            except MSHubError as error:
+                logger.warning("%s is left out: %s", case.case_id, error)
+                self._left_out[case.case_id] = str(error)
+        readable = [case for case in cases if case.case_id not in self._left_out]
+        if not readable:
+            raise TrainingError(f"None of the reviewed cases can be read. {next(iter(self._left_out.values()))}")
+        return readable
+
+    def _wanted(self) -> tuple[list[str], int]:
+        """Return the model's structures and its number of channels."""
+        if self._parent:
+            return list(self._parent.record["labels"]), len(self._parent.record["channels"])
+        dataset = self._request.dataset or {}
+        return list(read_labels(dataset).predicted), len(dataset["channel_names"])
+
+    def _planned(self, training: Sequence[ReviewedCase]) -> Path:
+        target = self._job.work / "planned"
+        if (target / "fold_0").is_dir():
+            return target
+        self._tell(stage="planning the network")
+        return plan_model(self._request.dataset or {}, training, self._job.work, self._request.recipe.seed)
+
+    def _prepare(self, training: Sequence[ReviewedCase]) -> TrainingSet:
+        before = Evaluator(self._model, self._options) if self._parent else None
+
+        def predict(case: ReviewedCase) -> tuple[Any, dict[str, int]]:
+            prediction = before.predict(case)  # type: ignore[union-attr]
+            return prediction.labels.array_xyz, prediction.names
+
+        def on_case(done: int) -> None:
+            if self._is_stopped():
+                raise Stopped
+            self._tell(stage=f"preparing case {min(done + 1, len(training))} of {len(training)}")
+
+        folder = self._store.home / "preprocessed" / self._request.model_id
+        on_case(0)
+        known = predict if before else None
+        prepared = prepare(self._model, training, folder, known, on_case, self._card.input_clip)
+        self._left_out |= prepared.left_out
+        return prepared
+
+    def _train(self, prepared: TrainingSet, folds: Sequence[str]) -> dict[str, Fit]:
+        recipe = self._request.recipe
+        total, started, fits = recipe.epochs * len(folds), time.monotonic(), {}
+        first: list[int] = []
+        for number, fold in enumerate(folds):
+
+            def on_epoch(report: EpochReport, before: int = number * recipe.epochs) -> None:
+                epoch = before + report.epoch
+                first.append(epoch)
+                pace = (time.monotonic() - started) / (epoch - first[0] + 1)
+                best = max(report.dice, self._job.progress().get("best_metric") or 0.0)
+                left = round(pace * (total - epoch))
+                self._tell(epoch=epoch, best_metric=round(best, 4), loss=report.loss, eta_s=left)
+                logger.info("epoch %d of %d: loss %.4f, patch Dice %.3f", epoch, total, report.loss, report.dice)
+
+            self._tell(stage="training", epoch=number * recipe.epochs, total_epochs=total)
+            stop = self._is_stopped
+            fits[fold] = train_fold(self._model, fold, prepared, recipe, self._device, self._job.work, on_epoch, stop)
+        return fits
+
+    def _folds(self) -> tuple[str, ...]:
+        unknown = sorted(set(self._request.recipe.folds) - set(self._model.folds))
+        if unknown:
+            raise TrainingError(
+                f"The recipe asks for fold {', '.join(unknown)}; {self._request.model_id} has fold "
+                f"{', '.join(self._model.folds)}."
+            )
+        return self._request.recipe.folds or self._model.folds
+
+    def _write_candidate(self, fits: dict[str, Fit]) -> ModelFolder:
+        path = self._job.work / "candidate"
+        shutil.rmtree(path, ignore_errors=True)
+        model = self._model
+        weights = {fold: fit.weights for fold, fit in fits.items()}
+        write_model_folder(
+            path, model.dataset, model.plans, model.configuration, model.trainer, model.mirror_axes, weights
+        )
+        candidate = ModelFolder.open(path)
+        check_weights(candidate)
+        return candidate
+
+    def _score(
+        self, candidate: ModelFolder, held_out: Sequence[ReviewedCase]
+    ) -> tuple[dict[str, list[CaseScore]], dict[str, str]]:
+        """Score the candidate, the version that serves and the original on the hold-out."""
+        scores: dict[str, list[CaseScore]] = {}
+        for version in self._baselines():
+            options = PredictOptions(PROFILES["accurate"], device=str(self._device), input_clip=version.card.input_clip)
+            evaluator = Evaluator(ModelFolder.open(version.model_path), options, self._kept_scores(version))
+            scores[version.version], broken = evaluator.score(held_out, self._judging(version.version, held_out))
+            held_out = [case for case in held_out if case.case_id not in broken]  # judges nobody: not its fault
+            self._left_out |= broken
+        judges = {case.case_id for case in held_out}
+        scores = {name: [score for score in found if score.case_id in judges] for name, found in scores.items()}
+        evaluator = Evaluator(candidate, self._options, self._own_scores)
+        scores[CANDIDATE], failures = evaluator.score(held_out, self._judging("the candidate", held_out))
+        return scores, failures
+
+    @property
+    def _own_scores(self) -> Path:
+        return self._job.work / "scores.json"
+
+    def _kept_scores(self, version: ModelVersion) -> Path:
+        return self._store.home / "scores" / version.model_id / f"{version.version}.json"
+
+    def _doubts(self, cases: Sequence[ReviewedCase]) -> list[str]:
+        """Return what is odd about labels that no version that served has seen."""
+        versions = self._store.versions(self._request.model_id)
+        served = {step["to"] for step in self._store.history(self._request.model_id)}
+        known: set[str] = set().union(*(used_digests(one) for one in versions if one.version in served))
+        new = [case for case in cases if case.digest not in known]
+        doubts = [(case.case_id, doubt) for case in new for doubt in case.facts.get("doubts") or ()]
+        return [f"look at the label of {case}: {doubt}" for case, doubt in doubts]
+
+    def _baselines(self) -> list[ModelVersion]:
+        if self._parent is None:
+            return []
+        serving = self._store.current(self._request.model_id)
+        first = original(self._store, serving)
+        return [serving] if first.version == serving.version else [serving, first]
+
+    def _judging(self, who: str, held_out: Sequence[ReviewedCase]) -> Callable[[int], None]:
+        def on_case(number: int) -> None:
+            if self._is_stopped():
+                raise Stopped
+            self._tell(stage=f"judging {who}: case {number + 1} of {len(held_out)}")
+
+        return on_case
+
+    # -- what comes of it ---------------------------------------------------------------------------------------
+
+    def _publish(
+        self,
+        candidate: ModelFolder,
+        prepared: TrainingSet,
+        held_out: Sequence[ReviewedCase],
+        fits: dict[str, Fit],
+        scores: dict[str, list[CaseScore]],
+        verdict: Verdict,
+    ) -> ModelVersion:
+        parent = self._parent
+        origin = {"how": "fine-tuned" if parent else "trained here", "from": f"{len(prepared.cases)} reviewed cases"}
+        record = version_record(candidate, self._card, origin, parent.version if parent else None)
+        epochs = zip(*(fit.losses for fit in fits.values()), strict=True)
+        record["lineage"] = {
+            "job": self._job.id,
+            "client": self._request.client,
+            "original": original(self._store, parent).version if parent else None,
+            "cases": [_case_facts(case) for case in prepared.cases.values()],
+            "held_out": [_case_facts(case) for case in held_out if case.case_id not in self._left_out],
+            "left_out": self._left_out,
+            "recipe": self._request.recipe.as_dict(),
+            "trained_with": {
+                fold: {"batch_size": fit.batch_size, "patch_size": list(fit.patch_size)} for fold, fit in fits.items()
+            },
+            "device": str(self._device),
+            "losses": [sum(losses) / len(losses) for losses in epochs],
+            "scores": {name: [score.as_dict() for score in found] for name, found in scores.items()},
+            "verdict": verdict.as_dict(),
+            "seconds": {name: round(value, 1) for name, value in self._seconds.items()},
+        }
+        with self._store.staging() as staging:
+            model = staging / "model"
+            shutil.copytree(candidate.path, model)
+            version = self._store.publish(self._request.model_id, model, record, serve_first=False)
+        if version.record.get("lineage", {}).get("job") != self._job.id:
+            raise TrainingError(
+                f"The training made the very weights of {version.version}, which exists already, so there is no new "
+                f"version. Judged again, it is {verdict.summary} How to fix: review further cases or change the "
+                f"recipe; to serve these weights, `mshub promote {version.model_id} {version.version}`."
+            )
+        if self._own_scores.is_file():
+            replace_by_copy(self._own_scores, self._kept_scores(version))
+        if self._request.model_id not in self._store.catalogue():
+            self._store.keep_card(self._card)
+        return version
+
+    def _is_stopped(self) -> bool:
+        return self._job.is_asked_to_stop
+
+    def _tell(self, **facts: Any) -> None:
+        self._job.tell(**facts)
+
+    @contextmanager
+    def _stage(self, name: str) -> Any:
+        if self._is_stopped():
+            raise Stopped
+        started = time.monotonic()
+        yield
+        self._seconds[name] = time.monotonic() - started
+
+
+def _case_facts(case: ReviewedCase) -> dict[str, Any]:
+    return {"case": case.case_id, "digest": case.digest, "reviewed": list(case.reviewed), **case.facts}
+
+
+def _promote(store: ModelStore, job: Job, version: ModelVersion) -> None:
+    """Let the candidate serve if the gate says so, and if what it was compared with still serves."""
+    lineage = version.record["lineage"]
+    if lineage["verdict"]["outcome"] != "promoted" or any(
+        step["to"] == version.version for step in store.history(version.model_id)
+    ):
+        return
+    serving = store.current(version.model_id).version if version.model_id in store.installed() else None
+    if serving is not None and serving not in lineage["scores"]:
+        raise TrainingError(
+            f"{version.version} passed the gate, but {serving} was promoted meanwhile, which it was not compared with. "
+            f"It is kept; a person decides: `mshub promote {version.model_id} {version.version}`."
+        )
+    store.promote(version.model_id, version.version, f"gate: {lineage['verdict']['summary']}")
+
+
+# -- the report -------------------------------------------------------------------------------------------------------
+
+
+def _report(store: ModelStore, job: Job, version: ModelVersion) -> None:
+    """Write the round's report; a report that cannot be drawn must not undo a round that is done."""
+    path = store.home / "reports" / version.model_id / f"{version.version}.html"
+    try:
+        job.tell(stage="writing the report")
+        write_report(path, _round_report(store, job.request, version))
+        job.tell(report=str(path.relative_to(store.home)))
+    except Exception:
+        logger.exception("the report could not be written")
+
+
+def _round_report(store: ModelStore, request: JobRequest, version: ModelVersion) -> RoundReport:
+    lineage = version.record["lineage"]
+    scores = {
+        version.version if name == CANDIDATE else name: [CaseScore.from_dict(score) for score in stored]
+        for name, stored in lineage["scores"].items()
+    }
+    history = [row for row in rounds(store, version.model_id) if int(row["version"][1:]) <= version.number]
+    left_out = [f"{case} was left out: {reason}" for case, reason in lineage["left_out"].items()]
+    return RoundReport(
+        model_id=version.model_id,
+        title=version.card.title,
+        version=version.version,
+        parent=version.record["parent"],
+        original=lineage["original"],
+        created=version.record["created"],
+        verdict=lineage["verdict"],
+        recipe={**lineage["recipe"], "device": lineage["device"], "trained with": lineage["trained_with"]},
+        lineage=history,
+        training_cases=[_training_row(case) for case in lineage["cases"]],
+        held_out_cases=[case["case"] for case in lineage["held_out"]],
+        scores=scores,
+        losses=lineage["losses"],
+        overlays=_overlays(store, request, version, scores),
+        seconds=lineage["seconds"],
+        notes=left_out,
+    )
+
+
+def _training_row(case: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "case": case["case"],
+        "structures": case["reviewed"],
+        "started_from": case.get("started_from"),
+        "submitted": case.get("submitted"),
+        "client": case.get("client"),
+    }
+
+
+def _overlays(
+    store: ModelStore, request: JobRequest, version: ModelVersion, scores: dict[str, list[CaseScore]]
+) -> list[Overlay]:
+    """Return the worst held-out cases, predicted again by the candidate and by its parent."""
+    parent = version.record["parent"]
+    after = {score.case_id: score for score in scores[version.version]}
+    before = {score.case_id: score for score in scores.get(parent or "", [])}
+    worst = worst_cases(after.values(), before.values(), OVERLAYS)
+    cases = {case.case_id: case for case in request.cases}
+    versions = [version, *([store.version(version.model_id, parent)] if parent else [])]
+    evaluators = [
+        Evaluator(
+            ModelFolder.open(one.model_path),
+            PredictOptions(PROFILES["accurate"], device=request.device, input_clip=one.card.input_clip),
+        )
+        for one in versions
+    ]
+    found = []
+    for case_id in worst:
+        case = cases[case_id]
+        predictions = [evaluator.predict(case) for evaluator in evaluators]
+        names = {name: value for name, value in predictions[0].names.items() if name in case.reviewed}
+        label = read_volume(case.label, allow_constant=True).array_xyz
+        reviewed = label * 0
+        for name, value in names.items():
+            if name in case.values:
+                reviewed[label == case.values[name]] = value
+        found.append(
+            Overlay(
+                case_id=case_id,
+                image=read_volume(case.images[0]),
+                names=names,
+                reviewed=reviewed,
+                after=predictions[0].labels.array_xyz,
+                before=predictions[1].labels.array_xyz if parent else None,
+                dice_after=after[case_id].mean,
+                dice_before=before[case_id].mean if case_id in before else None,
+            )
+        )
+    return found

@@ -1,0 +1,52 @@
+"""Fixtures of the app's tests: a server's app on a store of its own, and trainings that compute nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from factories import make_image, odd_grids
+from lib.app import MSHubApp
+from mshub.jobs import Jobs
+from mshub.store import ModelStore
+
+TRAINED_SHAPE = (29, 23, 14)
+FAKE_WORKER = Path(__file__).parents[2] / "contract" / "fake_worker"
+
+
+@pytest.fixture
+def fake_worker(home: Path, monailabel_here: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Jobs run in processes of their own that compute nothing; those left over are stopped."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(FAKE_WORKER), os.environ["PYTHONPATH"]]))
+    yield
+    Jobs(home).stop_all()
+
+
+@pytest.fixture
+def clinic(installed: ModelStore, fake_worker: None, tmp_path: Path) -> MSHubApp:
+    """The app with the model ``tiny`` (liver, spleen), images ``a`` and ``b`` and, of two channels, ``mr``."""
+    affine = odd_grids()["oblique-left-handed"]
+    for number, name in enumerate(("a", "b", "mr_0000", "mr_0001")):
+        make_image(tmp_path / "studies" / f"{name}.nii.gz", TRAINED_SHAPE, affine, seed=number)
+    return MSHubApp(str(tmp_path / "app"), str(tmp_path / "studies"), {"device": "cpu"})
+
+
+@pytest.fixture
+def review(clinic: MSHubApp, tmp_path: Path) -> Callable[..., None]:
+    """Submit a final label as a clinician does."""
+
+    def submit(image: str, *structures: str, voxels: int = 5) -> None:
+        path = tmp_path / "submitted.nii.gz"
+        array = np.zeros(TRAINED_SHAPE, np.uint8)
+        for value, _ in enumerate(structures, 1):
+            array[value, :voxels, 3] = value
+        nib.save(nib.Nifti1Image(array, nib.load(clinic.datastore().get_image_uri(image)).affine), path)
+        info = [{"name": name, "idx": value} for value, name in enumerate(structures, 1)]
+        clinic.datastore().save_label(image, str(path), "final", {"label_info": info})
+
+    return submit

@@ -1,0 +1,296 @@
+"""The process of a job: it waits for its turn, can be stopped at any time, and always says how it ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import Timeout
+
+from mshub import worker
+from mshub.cases import ReviewedCase
+from mshub.errors import TrainingError
+from mshub.jobs import Job, JobRequest, Jobs
+from mshub.nnunet.trainer import Stopped
+from mshub.recipe import Recipe
+from mshub.store import ModelStore
+
+RunRound = Callable[[ModelStore, Job], None]
+
+
+@pytest.fixture
+def job(store: ModelStore, tmp_path: Path) -> Job:
+    label = tmp_path / "label.nii.gz"
+    label.write_bytes(b"a label")
+    case = ReviewedCase("a", (tmp_path / "image.nii.gz",), label, {"liver": 1}, ("liver",), "p")
+    return Jobs(store.home).create(JobRequest("tiny", "v1", (case,), Recipe()))
+
+
+@pytest.fixture(autouse=True)
+def niceness(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """What this process would have been made nicer by; what it does on SIGTERM is put back."""
+    asked: list[int] = []
+    monkeypatch.setattr(os, "nice", asked.append)
+    before = signal.getsignal(signal.SIGTERM)
+    yield asked
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def work_on(job: Job, monkeypatch: pytest.MonkeyPatch) -> Callable[[RunRound], int]:
+    """Work on the job in this process, with another round than the real one; returns the exit code."""
+
+    def work(round_: RunRound) -> int:
+        monkeypatch.setattr("mshub.rounds.run_round", round_)
+        return worker.main([str(job.path)])
+
+    return work
+
+
+def told(job: Job) -> dict[str, Any]:
+    """Return what the job's process said itself."""
+    progress: dict[str, Any] = json.loads((job.path / "progress.json").read_text())
+    return progress
+
+
+def eventually(condition: Callable[[], Any], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+@contextmanager
+def taken_turn(store: ModelStore, until: Callable[[], bool]) -> Iterator[None]:
+    """Let another job have its turn until something happens."""
+    taken = threading.Event()
+
+    def hold() -> None:
+        with Jobs(store.home).turn:
+            taken.set()
+            eventually(until)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    taken.wait()
+    yield
+    holder.join()
+
+
+def better(store: ModelStore, job: Job) -> None:
+    job.tell(version="v2", outcome="promoted", message="better on 3 of 3 cases")
+
+
+def unexpected(store: ModelStore, job: Job) -> None:
+    pytest.fail("it must not begin")
+
+
+# -- how it ends --------------------------------------------------------------------------------------------------
+
+
+def test_a_round_that_is_done_says_so_with_what_came_of_it(
+    job: Job, store: ModelStore, work_on: Callable[[RunRound], int], niceness: list[int]
+) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def run(its_store: ModelStore, its_job: Job) -> None:
+        assert (its_store.home, its_job.path) == (store.home, job.path)
+        seen.append(job.progress())
+        better(its_store, its_job)
+
+    assert work_on(run) == 0
+    (during,) = seen
+    assert (during["state"], during["pid"], during["ended"]) == ("running", os.getpid(), None)
+    assert during["started"].endswith("+00:00")
+    progress = told(job)
+    assert (progress["state"], progress["stage"], progress["message"]) == ("done", "", "better on 3 of 3 cases")
+    assert (progress["version"], progress["outcome"]) == ("v2", "promoted")
+    assert progress["ended"] >= progress["started"]
+    assert progress["total_time"] >= 0
+    assert niceness == [worker.NICENESS]
+    assert not job.is_alive()
+
+
+def test_how_long_it_took_is_measured(job: Job, work_on: Callable[[RunRound], int]) -> None:
+    assert work_on(lambda *_: time.sleep(0.3)) == 0
+    assert 0.3 <= told(job)["total_time"] < 60
+
+
+def test_a_refusal_of_ours_is_the_message_as_it_is(job: Job, work_on: Callable[[RunRound], int]) -> None:
+    def fail(*_: object) -> None:
+        raise TrainingError("None of the 3 reviewed cases fits tiny.")
+
+    assert work_on(fail) == 1
+    progress = told(job)
+    assert (progress["state"], progress["message"]) == ("failed", "None of the 3 reviewed cases fits tiny.")
+    assert progress["ended"]
+
+
+def test_what_nobody_expected_is_told_with_its_name_and_where_to_look(
+    job: Job, work_on: Callable[[RunRound], int], caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("by nothing")
+
+    assert work_on(fail) == 1
+    progress = told(job)
+    assert progress["state"] == "failed"
+    assert progress["message"] == "The training failed (ZeroDivisionError: by nothing); see its log."
+    assert "Traceback" in caplog.text
+
+
+def test_a_training_that_cannot_even_be_loaded_fails_with_a_reason(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mshub.rounds", None)
+    assert worker.main([str(job.path)]) == 1
+    assert told(job)["state"] == "failed"
+    assert "mshub.rounds" in told(job)["message"]
+
+
+def test_after_any_end_the_next_job_has_its_turn(
+    job: Job, store: ModelStore, work_on: Callable[[RunRound], int]
+) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError
+
+    work_on(fail)
+    with Jobs(store.home).turn.acquire(timeout=0), job.lock.acquire(timeout=0):
+        pass
+
+
+# -- its turn -----------------------------------------------------------------------------------------------------
+
+
+def test_it_waits_for_its_turn_and_says_so(job: Job, store: ModelStore, work_on: Callable[[RunRound], int]) -> None:
+    waiting: list[dict[str, Any]] = []
+
+    def is_seen_waiting() -> bool:
+        progress = job.progress()
+        if progress.get("pid") is None:
+            return False
+        waiting.append(progress)
+        time.sleep(0.3)
+        return True
+
+    def run(its_store: ModelStore, its_job: Job) -> None:
+        assert waiting, "it did not wait"
+        better(its_store, its_job)
+
+    with taken_turn(store, is_seen_waiting):
+        assert work_on(run) == 0
+    assert (waiting[0]["state"], waiting[0]["stage"]) == ("queued", "waiting for its turn")
+    assert told(job)["state"] == "done"
+
+
+def test_it_has_its_turn_to_itself(job: Job, store: ModelStore, work_on: Callable[[RunRound], int]) -> None:
+    def run(*_: object) -> None:
+        with pytest.raises(Timeout), Jobs(store.home).turn.acquire(timeout=0.05):
+            pass
+
+    assert work_on(run) == 0
+    assert told(job)["state"] == "done"
+
+
+def test_a_second_process_for_the_same_job_leaves_it_alone(
+    job: Job, work_on: Callable[[RunRound], int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(worker, "LOCK_TIMEOUT_S", 0.05)
+    job.tell(state="running", pid=123, stage="training")
+    before = told(job)
+    with job.lock:
+        assert work_on(unexpected) == 1
+        assert told(job) == before
+    assert f"another process works on {job.id}" in caplog.text
+
+
+# -- stopping -----------------------------------------------------------------------------------------------------
+
+
+def test_a_job_stopped_before_it_began_never_begins(job: Job, work_on: Callable[[RunRound], int]) -> None:
+    job.ask_to_stop()
+    assert work_on(unexpected) == 0
+    progress = told(job)
+    assert (progress["state"], progress["message"]) == ("stopped", "stopped before it began")
+    assert progress["ended"]
+
+
+def test_a_job_stopped_while_it_waits_does_not_begin_when_its_turn_comes(
+    job: Job, store: ModelStore, work_on: Callable[[RunRound], int]
+) -> None:
+    """The waiting one takes its turn the moment that the running one, asked to stop as well, gives it away."""
+
+    def stop_both() -> bool:
+        if told(job)["pid"] is None:
+            return False
+        time.sleep(0.3)  # it has looked whether it was asked to, and waits for the lock
+        job.ask_to_stop()
+        return True
+
+    with taken_turn(store, stop_both):
+        assert work_on(unexpected) == 0
+    assert told(job)["message"] == "stopped before it began"
+
+
+def test_a_round_that_was_stopped_says_how_it_goes_on(job: Job, work_on: Callable[[RunRound], int]) -> None:
+    def stop(*_: object) -> None:
+        raise Stopped
+
+    assert work_on(stop) == 0
+    progress = told(job)
+    assert (progress["state"], progress["stage"]) == ("stopped", "")
+    assert progress["message"] == "stopped; asked the same again, it goes on where it was"
+    assert progress["ended"]
+
+
+def test_sigterm_asks_to_stop_and_the_round_ends_by_itself(job: Job, work_on: Callable[[RunRound], int]) -> None:
+    steps = []
+
+    def run(*_: object) -> None:
+        for step in range(1000):
+            steps.append(step)
+            if step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.005)
+            if job.is_asked_to_stop:
+                raise Stopped
+
+    assert work_on(run) == 0
+    assert 3 <= steps[-1] < 999
+    assert told(job)["state"] == "stopped"
+
+
+def test_the_real_process_waits_without_loading_torch_and_ends_on_sigterm(
+    job: Job, store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    popen = subprocess.Popen
+
+    def start(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
+        started.append(popen(*arguments, **options))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    with Jobs(store.home).turn:
+        job.spawn()
+        eventually(lambda: told(job)["pid"] is not None)
+        (process,) = started
+        try:
+            assert told(job)["pid"] == process.pid
+            assert job.progress()["state"] == "queued"
+            libraries = Path(f"/proc/{process.pid}/maps")
+            assert not libraries.exists() or "libtorch" not in libraries.read_text()
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+    assert (told(job)["state"], told(job)["message"]) == ("stopped", "stopped before it began")
+    assert "stopped: stopped before it began" in job.log_tail(1)[0]
