@@ -83,6 +83,11 @@ class LiveServer:
         url = f"{self.url}/infer/{quote(model)}?{query}"
         return httpx.post(url, data={"params": text}, files=files or None, timeout=300)
 
+    def kill(self) -> None:
+        """End the server without a chance to say goodbye."""
+        self._process.kill()
+        self._process.wait()
+
     def stop(self) -> None:
         """End the server as Ctrl+C does."""
         self._process.send_signal(signal.SIGINT)

@@ -57,9 +57,21 @@ def test_the_random_strategy_ohif_always_asks_for_exists(info: dict[str, Any]) -
     assert info["strategies"]["random"]["description"]
 
 
-def test_slicers_train_widgets_stay_hidden_while_there_is_nothing_to_train(info: dict[str, Any]) -> None:
-    assert info["trainers"] == {}
-    assert info["train_stats"] == {}
+def test_slicer_shows_its_train_widgets_for_every_model(info: dict[str, Any]) -> None:
+    assert set(info["trainers"]) == set(info["models"])
+    for trainer in info["trainers"].values():
+        assert trainer["description"]
+        assert trainer["config"]
+        for value in trainer["config"].values():
+            assert isinstance(value, bool | list | int | float | str)
+            assert not isinstance(value, list) or (value and all(isinstance(item, str) for item in value))
+
+
+def test_the_statistics_of_models_never_trained_are_what_both_viewers_can_calculate_with(info: dict[str, Any]) -> None:
+    first = next(iter(info["train_stats"].values()))
+    assert first.get("best_metric", 0) * 100 == 0  # Slicer
+    assert 100 * first.get("epoch", 1) / first.get("total_epochs", 1) == 100
+    assert not first.get("total_time")  # OHIF: nothing was trained
 
 
 def test_the_datastore_counts_images_and_labels(info: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import logging
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from fastapi import HTTPException
 from monailabel.config import settings
@@ -20,16 +20,20 @@ from lib.activelearning import Random
 from lib.activity import Activity
 from lib.conf import Config
 from lib.datastore import StudiesFolder
+from lib.digests import Digests
 from lib.faults import as_http_errors, not_found
 from lib.infers import NNUNetInferTask
 from lib.pacs import open_pacs
+from lib.trainers import NNUNetTrainTask, Trainings, studies_of
+from mshub.errors import MSHubError
+from mshub.jobs import Jobs
 from mshub.nnunet.devices import available_devices
 from mshub.nnunet.network_cache import NetworkCache
 from mshub.store import ModelStore
 
 logger = logging.getLogger(__name__)
 
-DESCRIPTION = "nnU-Net models for automatic segmentation. For research use."
+DESCRIPTION = "nnU-Net models for automatic segmentation, fine-tuned with your corrections. For research use."
 
 
 class MSHubApp(MONAILabelApp):  # type: ignore[misc]
@@ -50,7 +54,11 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         self.store = ModelStore(self.config.home)
         self.cache = NetworkCache(int(self.config.cache_gb * 2**30))
         self.activity = Activity()
+        self.jobs = Jobs(self.store.home)
+        self.trainings = Trainings(self.jobs, self.config)
+        self._digests = Digests(self.store.home / "digests.json")
         self._infers: dict[str, NNUNetInferTask] = {}
+        self._trainers: dict[str, NNUNetTrainTask] = {}
         os.environ.setdefault("PYTHONPATH", app_dir)  # MONAI Label's background tasks read it without a default
         super().__init__(
             app_dir,
@@ -85,6 +93,12 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         """Return one task per installed model."""
         return {model: self._infer_task(model) for model in self._served()}
 
+    def init_trainers(self) -> dict[str, NNUNetTrainTask]:
+        """Return one trainer per installed model; none for series of a DICOMweb server."""
+        if not isinstance(self.datastore(), StudiesFolder):
+            logger.info("no training: labels of series on a DICOMweb server cannot be trained with yet")
+        return self._current_trainers()
+
     def init_strategies(self) -> dict[str, Strategy]:
         """Return the strategies by name; clients rely on ``random``."""
         return {"random": Random()}
@@ -93,6 +107,8 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         """Return what clients read first; models added or removed since are taken in."""
         self._refresh()
         info: dict[str, Any] = super().info()
+        info["trainers"] = self.trainings.trainers(self._trainers, self.datastore())
+        info["train_stats"] = self.trainings.stats(self._trainers)
         return info
 
     def status(self) -> dict[str, Any]:
@@ -101,13 +117,26 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
             "version": mshub.__version__,
             "models": {model: self.store.current(model).version for model in self._served()},
             "loaded": [str(Path(path).relative_to(self.store.home)) for path in self.cache.loaded()],
+            "training": self.trainings.opened(),
             **self.activity.as_dict(),
         }
 
     def on_init_complete(self) -> None:
-        """Start MONAI Label's clean-up of sessions, without its scheduler's chatter."""
+        """Take up trainings that broke off, and start MONAI Label's clean-up of sessions without its chatter.
+
+        MONAI Label calls this in the server's process once it starts, never in its processes for single tasks.
+        """
+        if settings.MONAI_LABEL_TASKS_TRAIN:
+            self._resume_trainings()
         logging.getLogger("timeloop").disabled = True
         super().on_init_complete()
+
+    def _resume_trainings(self) -> None:
+        try:
+            for job in self.jobs.resume_interrupted():
+                logger.info("%s broke off and goes on", job.id)
+        except (OSError, ValueError, MSHubError) as error:  # models serve all the same
+            logger.error("trainings that broke off cannot be resumed: %s", error)
 
     def _structures(self) -> set[str]:
         """Return the names of all structures the installed models know: what a submitted label may hold."""
@@ -120,9 +149,18 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
     def _refresh(self) -> None:
         """Take in models installed or removed since; tasks that exist keep their open model."""
         self._infers = {model: self._infers.get(model) or self._infer_task(model) for model in self._served()}
+        self._trainers = self._current_trainers()
 
     def _infer_task(self, model: str) -> NNUNetInferTask:
         return NNUNetInferTask(model, self.store, self.cache, self.config, self.activity)
+
+    def _current_trainers(self) -> dict[str, NNUNetTrainTask]:
+        if not settings.MONAI_LABEL_TASKS_TRAIN or not isinstance(self.datastore(), StudiesFolder):
+            return {}
+        return {model: self._trainers.get(model) or self._train_task(model) for model in self._served()}
+
+    def _train_task(self, model: str) -> NNUNetTrainTask:
+        return NNUNetTrainTask(model, self.store, self.config, self._digests)
 
     # -- what it does -------------------------------------------------------------------------------------------
 
@@ -186,11 +224,14 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
     def _task(self, model: Any) -> NNUNetInferTask:
         self._refresh()
         if not isinstance(model, str) or model not in self._infers:
-            if model in self.store.catalogue().ids and model not in self.store.installed():
-                with as_http_errors():
-                    self.store.current(model)  # raises, and says how to install it
-            raise not_found("model", str(model), sorted(self._infers))
+            self._refuse_model(model)
         return self._infers[model]
+
+    def _refuse_model(self, model: Any) -> NoReturn:
+        if model in self.store.catalogue().ids and model not in self.store.installed():
+            with as_http_errors():
+                self.store.current(model)  # raises, and says how to install it
+        raise not_found("model", str(model), sorted(self._infers))
 
     def _case(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any]:
         """Return ``image_id`` (empty for an upload), ``image`` and ``channels`` (paths) of the requested case."""
@@ -206,6 +247,38 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
             raise not_found("image", image, sorted(datastore.list_images()))
         channels = [str(path) for path in datastore.channels(image)]
         return {"image_id": image, "image": channels[0], "channels": channels}
+
+    # -- fine-tuning --------------------------------------------------------------------------------------------
+
+    def train(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Train, and return the statistics once it is done: what stock MONAI Label runs in a process of its own."""
+        return self._trainer(request.get("model"))(copy.deepcopy(request), self.datastore())
+
+    def start_training(self, model: str, params: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Start fine-tuning one model; see `Trainings.start`. 404 for an unknown model."""
+        return self.trainings.start(self._trainer(model), params, self.datastore())
+
+    def start_all_training(self, params: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Start fine-tuning every model with new reviewed cases; see `Trainings.start_new`."""
+        self._refresh()
+        return self.trainings.start_new(self._trainers, params, self.datastore())
+
+    def training_status(self, everything: bool = False, check_if_running: bool = False) -> Any:
+        """Return the training at work, the last one, or all; 404 without one. See `Trainings.status`."""
+        return self.trainings.status(everything, check_if_running)
+
+    def stop_training(self) -> dict[str, Any] | None:
+        """Stop all trainings; return the one that was at work, None if there was none."""
+        return self.trainings.stop()
+
+    def _trainer(self, model: Any) -> NNUNetTrainTask:
+        self._refresh()
+        studies_of(self.datastore())
+        if not settings.MONAI_LABEL_TASKS_TRAIN:
+            raise HTTPException(405, "Training is switched off on this server (MONAI_LABEL_TASKS_TRAIN).")
+        if not isinstance(model, str) or model not in self._trainers:
+            self._refuse_model(model)
+        return self._trainers[model]
 
 
 def _keep_prediction(datastore: Datastore, image: str, path: str, tag: str, info: dict[str, Any]) -> str:

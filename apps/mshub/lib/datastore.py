@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
+import logging
 import re
-import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from datetime import datetime, timezone
@@ -19,10 +18,16 @@ from monailabel.datastore.local import DataModel, LocalDatastore
 from monailabel.interfaces.datastore import DefaultLabelTag
 
 from lib.faults import as_http_errors, check_name
-from mshub.corrections import read_correction
+from lib.reviews import read_patients, reviewed_case
+from mshub.atomic_file import replace_by_copy, replace_json
+from mshub.cases import ReviewedCase
+from mshub.corrections import Correction, read_correction, swapped_names
 from mshub.errors import MSHubError
-from mshub.volume_io import read_grid
+from mshub.volume_io import read_grid, read_volume
 
+logger = logging.getLogger(__name__)
+
+PATIENTS_FILE = "patients.csv"
 IMAGE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha")
 FIRST_CHANNEL = "_0000"
 _VERSION = re.compile(r"version_(\d+)")
@@ -56,6 +61,7 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
         read_only: bool = False,
     ) -> None:
         self._structures, self._refused = structures, RefusedLabels(refused)
+        self._warned: set[str] = set()
         super().__init__(
             path, extensions=[f"*{ending}" for ending in IMAGE_ENDINGS], auto_reload=auto_reload, read_only=read_only
         )
@@ -115,7 +121,7 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
             )
         ending = _ending(image_filename)
         name = (image_id or Path(image_filename).name.removesuffix(ending)) + ending
-        _replace_file(Path(image_filename), Path(self._datastore.image_path()) / name)
+        replace_by_copy(Path(image_filename), Path(self._datastore.image_path()) / name)
         self.refresh()
         stored = self._id_of(name)
         self.update_image_info(stored, image_info)
@@ -134,7 +140,7 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
         label_info : dict
             Needs ``label_info``, the names of the segments: see `mshub.corrections.read_correction`. Stored with it are
             ``reviewed`` (structures a person looked at), ``voxels``, ``started_from`` (model and version of the
-            pre-label) and ``submitted`` (UTC).
+            pre-label), ``submitted`` (UTC) and ``doubts`` (sentences for whoever decides about a version).
 
         Raises
         ------
@@ -158,14 +164,77 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
             "voxels": correction.voxels,
             "started_from": _origin(started_from),
             "submitted": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "doubts": self._doubts(image_id, correction, started_from),
         }
         return self._store_label(image_id, Path(label_filename), label_tag, {**label_info, **facts})
+
+    def _doubts(self, image_id: str, correction: Correction, prelabel: dict[str, Any]) -> list[str]:
+        """Return what is odd about a correction beside the pre-label it started from."""
+        path = Path(self.get_label_uri(image_id, DefaultLabelTag.ORIGINAL.value))
+        names = prelabel.get("params", {}).get("label_names", {})
+        if not names or not path.is_file():
+            return []
+        predicted = read_volume(path, allow_constant=True).array_xyz
+        submitted = correction.labels.array_xyz
+        if predicted.shape != submitted.shape:
+            return []
+        pairs = swapped_names(submitted, correction.values, predicted, names)
+        return [f"{one} and {other} look exchanged: each lies where the model saw the other" for one, other in pairs]
 
     def save_prediction(self, image_id: str, path: Path, label_tag: str, label_info: dict[str, Any]) -> str:
         """Store a label a model made: a pre-label, whose names and numbers are the model's own."""
         self.get_image_uri(image_id)
         check_name("label tag", label_tag)
         return self._store_label(image_id, path, label_tag, label_info)
+
+    def reviewed_cases(self) -> list[ReviewedCase]:
+        """Return every image with a final label that a model could learn from, by id; others are named in the log.
+
+        Raises
+        ------
+        ConfigError
+            ``patients.csv`` in the folder is not what `lib.reviews.read_patients` expects.
+        """
+        patients = read_patients(Path(self._datastore.image_path()) / PATIENTS_FILE)
+        images = set(self.list_images())
+        for case in sorted(patients.keys() - images):
+            self._warn_once(f"{PATIENTS_FILE} names {case}, which is no image here")
+        tag, structures = DefaultLabelTag.FINAL.value, self._structures()
+        labelled = sorted(image for image in images if self.get_label_uri(image, tag))
+        cases = [self._reviewed_case(image, patients, structures) for image in labelled]
+        return [case for case in cases if case is not None]
+
+    def status(self) -> dict[str, Any]:
+        """Return the numbers of images and labels, from a copy: labels may be stored while a client asks."""
+        tags = Counter(tag for item in list(self._datastore.objects.values()) for tag in list(item.labels))
+        completed = tags[DefaultLabelTag.FINAL.value]
+        return {"total": len(self.list_images()), "completed": completed, "label_tags": dict(tags)}
+
+    def _reviewed_case(
+        self, image_id: str, patients: dict[str, str], structures: Collection[str]
+    ) -> ReviewedCase | None:
+        tag = DefaultLabelTag.FINAL.value
+        try:
+            return reviewed_case(
+                image_id,
+                self.channels(image_id),
+                Path(self.get_label_uri(image_id, tag)),
+                label_info=self.get_label_info(image_id, tag),
+                image_info=self.get_image_info(image_id),
+                patients=patients,
+                structures=structures,
+            )
+        except (MSHubError, OSError) as error:
+            self._warn_once(f"the final label of {image_id} is left out of training: {error}")
+        except HTTPException as error:
+            self._warn_once(f"{image_id} is left out of training: {error.detail}")
+        return None
+
+    def _warn_once(self, message: str) -> None:
+        """Say in the log what clients ask about every few seconds."""
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning(message)
 
     def _store_label(self, image_id: str, path: Path, tag: str, info: dict[str, Any]) -> str:
         """Put a label in place by one rename, after the one it replaces was put aside; then write the index."""
@@ -175,7 +244,7 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
             old = labels.get(tag)
             if old is not None and tag != DefaultLabelTag.ORIGINAL.value:
                 self._put_aside(image_id, tag, labels)
-            _replace_file(path, folder / (image_id + ending))
+            replace_by_copy(path, folder / (image_id + ending))
             if old is not None and old.ext != ending:
                 (folder / (image_id + old.ext)).unlink(missing_ok=True)
             stored = {**info, "ts": int(time.time()), "name": image_id + ending}
@@ -188,20 +257,14 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
         numbers = [int(match[1]) for match in map(_VERSION.fullmatch, labels) if match]
         version, old = f"version_{max(numbers, default=0) + 1}", labels[tag]
         name = image_id + old.ext
-        _replace_file(Path(self._datastore.label_path(tag)) / name, Path(self._datastore.label_path(version)) / name)
+        replace_by_copy(Path(self._datastore.label_path(tag)) / name, Path(self._datastore.label_path(version)) / name)
         labels[version] = DataModel(info={**old.info, "replaced_tag": tag}, ext=old.ext)
 
     def _update_datastore_file(self, lock: bool = True) -> None:
         """Write the index whole or not at all; MONAI Label truncates it first, and a crash then loses everything."""
         with FileLock(self._lock_file) if lock else nullcontext():
             index = Path(self._datastore_config_path)
-            content = json.dumps(self._datastore.model_dump(exclude={"base_path"}), indent=2, default=str)
-            pending = index.with_name(f".{index.name}.part")
-            with pending.open("w", encoding="utf-8") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            pending.replace(index)
+            replace_json(index, self._datastore.model_dump(exclude={"base_path"}))
             self._config_ts = index.stat().st_mtime
 
     def remove_image(self, image_id: str) -> None:
@@ -241,20 +304,10 @@ class RefusedLabels:
         """Copy `label` aside, with a ``.json`` of the reason and the request beside it; returns its name."""
         stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S.%f")
         name = f"{image_id}_{stamp}{''.join(label.suffixes[-2:])}"
-        _replace_file(label, self._folder / name)
+        replace_by_copy(label, self._folder / name)
         facts = {"image": image_id, "tag": tag, "reason": reason, "params": info}
-        (self._folder / f"{name}.json").write_text(json.dumps(facts, indent=2, default=str), encoding="utf-8")
+        replace_json(self._folder / f"{name}.json", facts)
         return f"{self._folder.name}/{name}"
-
-
-def _replace_file(source: Path, target: Path) -> None:
-    """Copy `source` to `target`, which is the old file or the whole new one at any moment."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    pending = target.with_name(f".{target.name}.part")
-    shutil.copyfile(source, pending)
-    with pending.open("rb") as file:
-        os.fsync(file.fileno())
-    pending.replace(target)
 
 
 def _origin(prelabel: dict[str, Any]) -> dict[str, Any] | None:

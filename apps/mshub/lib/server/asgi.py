@@ -7,8 +7,8 @@ import logging
 from collections import deque
 from typing import Annotated, Any
 
-from fastapi import BackgroundTasks, Depends, File, Form, HTTPException, Request, UploadFile
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi import BackgroundTasks, Body, Depends, File, Form, HTTPException, Request, UploadFile
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from fastapi.routing import APIRoute
 from monailabel.config import settings
 from monailabel.endpoints import session
@@ -17,6 +17,7 @@ from monailabel.endpoints.user.auth import RBAC, User
 from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoundException, MONAILabelException
 from monailabel.interfaces.utils.app import app_instance
 
+from lib.faults import check_name
 from mshub.errors import MSHubError
 
 # Read when monailabel.app is imported; empty would let the pages of every origin read images and labels. Not set in
@@ -30,10 +31,13 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["app"]
 
+AnyUser = Annotated[User, Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER))]
+Admin = Annotated[User, Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ADMIN))]
+
 
 def infer(
     background_tasks: BackgroundTasks,
-    user: Annotated[User, Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER))],
+    user: AnyUser,
     model: str,
     image: str = "",
     session_id: str = "",
@@ -62,7 +66,7 @@ def infer(
 
 def create_session(
     background_tasks: BackgroundTasks,
-    user: Annotated[User, Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER))],
+    user: AnyUser,
     files: Annotated[list[UploadFile], File()],
     uncompress: bool = False,
     expiry: int = 0,
@@ -73,7 +77,53 @@ def create_session(
     return session.create_session(background_tasks, False, expiry, files)
 
 
-def logs(user: Annotated[User, Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER))], lines: int = 300) -> Response:
+def info(user: AnyUser) -> Any:
+    """Return what clients read first; a plain function, as the reviewed cases are counted and their files looked at."""
+    return app_instance().info()
+
+
+def train(user: Admin, params: Annotated[Any, Body()] = None, run_sync: bool = False) -> Any:
+    """Start fine-tuning every model with new reviewed cases: OHIF's button.
+
+    `run_sync` changes nothing: a training takes longer than a request should.
+    """
+    return app_instance().start_all_training(_train_params(params, user))
+
+
+def train_model(
+    user: Admin, model: str, params: Annotated[Any, Body()] = None, run_sync: bool = False, enqueue: bool = False
+) -> Any:
+    """Start fine-tuning one model: 3D Slicer's button.
+
+    `run_sync` changes nothing: a training takes longer than a request should. Nor does `enqueue`: trainings of several
+    models always take turns.
+    """
+    return app_instance().start_training(model, _train_params(params, user))
+
+
+def train_status(user: AnyUser, all: bool = False, check_if_running: bool = False) -> Any:
+    """Return the training at work, or else the last one; 404 if there is none."""
+    return app_instance().training_status(all, check_if_running)
+
+
+def stop_training(user: Admin) -> Any:
+    """Stop all trainings; null if there was none."""
+    return app_instance().stop_training()
+
+
+def report(user: AnyUser, model: str, name: str) -> Response:
+    """Return the report of one training round; `name` is the version, with or without ``.html``."""
+    name = name.removesuffix(".html")
+    check_name("model", model)
+    check_name("report", name)
+    path = app_instance().store.home / "reports" / model / f"{name}.html"
+    if not path.is_file():
+        known = ", ".join(sorted(other.stem for other in path.parent.glob("*.html"))) or "none"
+        raise HTTPException(404, f"There is no report {name!r} of {model!r} here. Known: {known}.")
+    return FileResponse(path, media_type="text/html; charset=utf-8")
+
+
+def logs(user: AnyUser, lines: int = 300) -> Response:
     """Return the last lines of the server's log as text."""
     log = app_instance().store.home / "logs" / "server.log"
     if not log.is_file():
@@ -83,7 +133,7 @@ def logs(user: Annotated[User, Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER)
 
 
 def status() -> dict[str, Any]:
-    """Return the server's version, models and running predictions."""
+    """Return the server's version, models, running predictions and trainings."""
     return dict(app_instance().status())
 
 
@@ -96,6 +146,12 @@ def _clean_up(background_tasks: BackgroundTasks) -> None:
 def _session_exists(session_id: str) -> bool:
     sessions = app_instance().sessions()
     return sessions is not None and session_id.replace("-", "").isalnum() and bool(sessions.get_session(session_id))
+
+
+def _train_params(params: Any, user: User) -> dict[str, Any]:
+    if params is not None and not isinstance(params, dict):
+        raise HTTPException(400, 'The request\'s body is no JSON object: expected options such as {"epochs": 20}.')
+    return {**(params or {}), "client_id": (params or {}).get("client_id") or user.username}
 
 
 def _json_object(text: str, what: str) -> dict[str, Any]:
@@ -134,11 +190,23 @@ async def _on_surprise(request: Request, error: Exception) -> JSONResponse:
     return _answer(500, f"{request.method} {request.url.path} failed ({type(error).__name__}); see the server's log.")
 
 
+ROUTES = (
+    ("GET", "/info/", info, "App"),
+    ("POST", "/infer/{model}", infer, "Infer"),
+    ("POST", "/train/", train, "Train"),
+    ("POST", "/train/{model}", train_model, "Train"),
+    ("GET", "/train/", train_status, "Train"),
+    ("DELETE", "/train/", stop_training, "Train"),
+    ("PUT", "/session/", create_session, "Session"),
+    ("GET", "/logs/", logs, "Others"),
+    ("GET", "/mshub/status", status, "MSHub"),
+    ("GET", "/mshub/reports/{model}/{name}", report, "MSHub"),
+)
+
+
 def _extend(api: Any) -> None:
-    api.router.routes.insert(0, APIRoute("/infer/{model}", infer, methods=["POST"], tags=["Infer"]))
-    api.router.routes.insert(0, APIRoute("/session/", create_session, methods=["PUT"], tags=["Session"]))
-    api.router.routes.insert(0, APIRoute("/logs/", logs, methods=["GET"], tags=["Others"]))
-    api.router.routes.insert(0, APIRoute("/mshub/status", status, methods=["GET"], tags=["MSHub"]))
+    routes = [APIRoute(path, answer, methods=[method], tags=[tag]) for method, path, answer, tag in ROUTES]
+    api.router.routes[:0] = routes
     api.add_exception_handler(MSHubError, _on_our_error)
     api.add_exception_handler(json.JSONDecodeError, _on_bad_json)
     api.add_exception_handler(ImageNotFoundException, _on_not_found)
