@@ -69,7 +69,7 @@ def cases_from_folders(images: Path, labels: Path, published: Mapping[str, int] 
         if not folder.is_dir():
             raise CaseError(f"{folder} is no folder. Expected a folder of images and one of labels of the same names.")
     values = _values(labels, published)
-    files, patients = _images_by_case(images), _patients(images)
+    files, patients = _images_by_case(images), read_patients(images / PATIENTS)
     found: dict[str, ReviewedCase] = {}
     for path in _volumes(labels):
         case = _stem(path)
@@ -158,15 +158,27 @@ def _channels(label: Path, files: list[Path], images: Path) -> list[Path]:
     return files
 
 
-def _patients(images: Path) -> dict[str, str]:
-    """Return case -> patient; what could be misread is refused, as it would put a patient on both sides."""
-    path = images / PATIENTS
+def read_patients(path: Path) -> dict[str, str]:
+    """Read which cases are of one patient, who never both trains and judges.
+
+    Parameters
+    ----------
+    path : Path
+        UTF-8, comma-separated, with the columns ``case`` and ``patient``. A case without a line, or a missing file,
+        means that each case is a patient.
+
+    Raises
+    ------
+    CaseError
+        It could be misread: that would put a patient on both sides.
+    """
     if not path.is_file():
         return {}
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
-            columns, rows = reader.fieldnames or ["nothing"], list(reader)
+            columns = reader.fieldnames = [name.strip() for name in reader.fieldnames or ["nothing"]]
+            rows = list(reader)
     except (UnicodeDecodeError, csv.Error) as error:
         raise CaseError(f"{path} cannot be read ({error}). Expected a comma-separated file in UTF-8.") from error
     if not {"case", "patient"} <= set(columns):

@@ -344,11 +344,12 @@ def _follow(job: Any) -> dict[str, Any]:
 def _report_round(store: ModelStore, model_id: str, progress: dict[str, Any]) -> None:
     if progress["state"] != "done":
         raise TrainingError(progress.get("message") or f"The training ended as {progress['state']}; see its log.")
-    lineage = store.version(model_id, progress["version"]).record["lineage"]
+    version = progress["version"]
+    lineage = store.version(model_id, version).record["lineage"]
     colour = {"promoted": "green", "refused": "red"}.get(progress["outcome"], "yellow")
-    out.print(f"[bold]{model_id} {progress['version']}[/]: [bold {colour}]{progress['outcome']}[/]")
+    out.print(f"[bold]{model_id} {version}[/]: [bold {colour}]{progress['outcome']}[/]")
     for reason in lineage["verdict"]["reasons"]:
-        out.print(f"  - {escape(reason)}", soft_wrap=True)
+        out.print(f"  - {escape(reason.replace('ID VERSION', f'{model_id} {version}'))}", soft_wrap=True)
     if progress.get("report"):
         out.print(f"  report: {escape(near(store.home / progress['report']))}", soft_wrap=True)
 

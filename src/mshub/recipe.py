@@ -116,7 +116,7 @@ class Recipe:
 
     def _check(self) -> None:
         limits: dict[str, tuple[float, float]] = {
-            **{"epochs": (1, 10_000), "iterations": (1, 10_000), "learning_rate": (0, 100), "warm_up": (0, 0.9)},
+            **{"epochs": (1, 10_000), "iterations": (1, 10_000), "learning_rate": (1e-9, 100), "warm_up": (0, 0.9)},
             **{"weight_decay": (0, 1), "foreground": (0, 1), "averaging": (0, 1), "distillation": (0, 100)},
             **{"interpolation": (0, 1), "seed": (0, 2**31 - 1)},
         }

@@ -61,12 +61,15 @@ def run_round(store: ModelStore, job: Job) -> None:
     done = _published(store, job)
     if done is None:
         done = _Round(store, job).run()
+    if done.model_id not in store.catalogue():
+        store.keep_card(done.card)
     try:
         _promote(store, job, done)
     finally:
         _report(store, job, done)  # also what a person has to decide about
     verdict = done.record["lineage"]["verdict"]
-    job.tell(version=done.version, outcome=verdict["outcome"], message=verdict["summary"])
+    message = verdict["summary"].replace("ID VERSION", f"{done.model_id} {done.version}")  # the gate knows neither
+    job.tell(version=done.version, outcome=verdict["outcome"], message=message)
     shutil.rmtree(job.work, ignore_errors=True)
 
 
@@ -327,8 +330,6 @@ class _Round:
             )
         if self._own_scores.is_file():
             replace_by_copy(self._own_scores, self._kept_scores(version))
-        if self._request.model_id not in self._store.catalogue():
-            self._store.keep_card(self._card)
         return version
 
     def _is_stopped(self) -> bool:
@@ -414,7 +415,7 @@ def _training_row(case: dict[str, Any]) -> dict[str, Any]:
         "structures": case["reviewed"],
         "started_from": case.get("started_from"),
         "submitted": case.get("submitted"),
-        "client": case.get("client"),
+        "client": case.get("client_id"),
     }
 
 

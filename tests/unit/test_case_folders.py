@@ -113,6 +113,12 @@ def test_cases_with_numbers_for_names_keep_their_own_image(folders: Folders) -> 
     assert folders.named() == {f"liver_{number:04d}": [f"liver_{number:04d}.nii.gz"] for number in range(3)}
 
 
+def test_a_case_whose_name_begins_those_of_others_keeps_its_own_image(folders: Folders) -> None:
+    names = ["a.nii.gz", "a_0001.nii.gz", "a_0002.nii.gz"]
+    folders.fill(names, names)
+    assert folders.named() == {"a": [names[0]], "a_0001": [names[1]], "a_0002": [names[2]]}
+
+
 def test_nrrd_and_metaimage_are_paired_too_and_one_format_with_another(folders: Folders) -> None:
     folders.fill(
         ["a.nrrd", "b.mha", "c_0000.mhd", "d.NII.GZ", "e.nii.gz"], ["a.nrrd", "b.nii.gz", "c.mha", "d.nii", "e.Nrrd"]
@@ -210,7 +216,7 @@ def test_two_labels_of_one_case_are_refused(folders: Folders) -> None:
         "case,patient\na,p1\nb,p1\n",
         "\ufeffcase,patient\r\na,p1\r\nb,p1\r\n",
         'patient,age,case\np1,61,a\n"p1",62,"b"\n',
-        "case,patient\n a , p1\nb,p1 \n\nz,p9\n",
+        "case, patient\n a , p1\nb,p1 \n\nz,p9\n",
         "case,patient\na,p1\nb,p1\nb,p1\n",
     ],
     ids=["plain", "as Excel writes it", "more columns", "white space", "twice the same"],
@@ -278,9 +284,9 @@ def test_a_v1_dataset_json_is_read_too(one: Folders) -> None:
 
 
 def test_regions_have_the_integers_nnunet_writes_for_them(one: Folders) -> None:
-    labels = {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "enhancing": [3]}
-    one.dataset({"labels": labels, "regions_class_order": [1, 2, 3]})
-    assert one.cases({"whole": 1, "core": 2, "enhancing": 3})[0].values == {"whole": 1, "core": 2, "enhancing": 3}
+    labels = {"background": 0, "kidney": [1, 2, 3], "masses": [2, 3], "tumour": 2}
+    one.dataset({"labels": labels, "regions_class_order": [1, 3, 2]})
+    assert one.cases({"kidney": 1, "tumour": 2, "masses": 3})[0].values == {"kidney": 1, "masses": 3, "tumour": 2}
 
 
 def test_names_are_spelled_as_the_model_spells_them(one: Folders) -> None:

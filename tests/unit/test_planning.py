@@ -274,13 +274,14 @@ def test_without_a_completely_reviewed_case_nothing_is_planned(tmp_path: Path) -
 
 
 def test_cases_that_cannot_be_read_do_not_cost_the_others(raw: Path, tmp_path: Path) -> None:
-    cases = make_cases(tmp_path, 4)
+    cases = make_cases(tmp_path, 5)
     cases[0].images[0].write_bytes(b"no image")
     cases[1].label.unlink()
     write_label(cases[2].label, np.ones((3, 4, 5)), cases[2].images[0])
+    write_label(cases[3].label, array_of(cases[3].label) * 3, cases[3].images[0])  # integers that have no name
     plan_model(DATASET, cases, tmp_path / "work", seed=0)
     (label,) = labels_in(raw)
-    np.testing.assert_array_equal(label, array_of(cases[3].label))
+    np.testing.assert_array_equal(label, array_of(cases[4].label))
     assert len(list((raw / "imagesTr").iterdir())) == 1
 
 

@@ -15,7 +15,7 @@ from mshub.recipe import FROM_SCRATCH, Recipe
 EVERYTHING: dict[str, Any] = {
     "epochs": 7,
     "iterations": 3,
-    "optimiser": "adam",
+    "optimiser": "sgd",
     "learning_rate": 2e-4,
     "warm_up": 0.25,
     "weight_decay": 1e-2,
@@ -31,7 +31,7 @@ EVERYTHING: dict[str, Any] = {
 LIMITS = [
     ("epochs", 1, 10_000, 1),
     ("iterations", 1, 10_000, 1),
-    ("learning_rate", 0.0, 100.0, 1e-6),
+    ("learning_rate", 1e-9, 100.0, 1e-10),
     ("warm_up", 0.0, 0.9, 1e-6),
     ("weight_decay", 0.0, 1.0, 1e-6),
     ("foreground", 0.0, 1.0, 1e-6),
@@ -137,6 +137,7 @@ def test_an_unknown_option_that_is_not_set_does_no_harm() -> None:
         ("learning_rate", "1e-3 or so"),
         ("learning_rate", "nan"),
         ("learning_rate", math.inf),
+        ("learning_rate", 0),
         ("learning_rate", False),
         ("learning_rate", {"a": 1}),
         ("batch_size", "two"),

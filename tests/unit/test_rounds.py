@@ -104,8 +104,16 @@ def job_for(store: ModelStore, cases: Iterable[ReviewedCase], recipe: Recipe = R
 def round_of(store: ModelStore, cases: Iterable[ReviewedCase], recipe: Recipe = RECIPE, **more: Any) -> ModelVersion:
     """Run a whole round; returns the version that came of it."""
     job = job_for(store, cases, recipe, **more)
-    run_round(store, job)
+    ended(store, job)
     return store.version("tiny", job.progress()["version"])
+
+
+def ended(store: ModelStore, job: Job) -> None:
+    """Run a round, after which its job is no longer open, as if its process had done it."""
+    try:
+        run_round(store, job)
+    finally:
+        job.tell(state="done")
 
 
 def never(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
@@ -232,7 +240,8 @@ def test_the_candidate_has_new_weights_and_is_a_model_folder_like_its_parent(
     assert (after.trainer, after.mirror_axes) == (before.trainer, before.mirror_axes)
     old, new = (model.checkpoint("0")["network_weights"] for model in (before, after))
     assert old.keys() == new.keys()
-    assert all(not torch.equal(old[name], value) for name, value in new.items() if name.endswith("weight"))
+    assert not torch.equal(old["decoder.seg_layers.1.weight"], new["decoder.seg_layers.1.weight"])
+    assert not torch.equal(old["encoder.stages.0.0.convs.0.conv.weight"], new["encoder.stages.0.0.convs.0.conv.weight"])
 
 
 def test_the_report_and_what_further_rounds_need_are_kept(promoted: tuple[ModelStore, Job]) -> None:
@@ -240,7 +249,7 @@ def test_the_report_and_what_further_rounds_need_are_kept(promoted: tuple[ModelS
     report = store.home / job.progress()["report"]
     assert report == store.home / "reports" / "tiny" / "v2.html"
     text = report.read_text(encoding="utf-8")
-    assert all(word in text for word in ("v2", "promoted", "case12", "liver", "reader 0"))
+    assert [word for word in ("v2", "promoted", "case12", "liver", "reader 0") if word not in text] == []
     assert "could not be written" not in "".join(job.log_tail())
     assert not job.work.exists()
     assert len(list((store.home / "preprocessed" / "tiny").glob("*_seg.b2nd"))) == 10
@@ -378,9 +387,7 @@ def test_a_case_that_got_another_name_is_still_one_case(tiny: ModelStore, few: l
 
 
 @pytest.mark.usefixtures("without_report")
-def test_the_same_files_under_two_names_judge_twice_without_an_error(
-    tiny: ModelStore, few: list[ReviewedCase]
-) -> None:
+def test_the_same_files_under_two_names_judge_twice_without_an_error(tiny: ModelStore, few: list[ReviewedCase]) -> None:
     lineage = round_of(tiny, [*few, replace(few[0], case_id="copy")]).record["lineage"]
     assert names(lineage["scores"]["candidate"]) == ["case3", "case8", "case9", "copy"]
 
@@ -396,7 +403,7 @@ def test_cases_without_a_structure_or_channel_of_the_model_are_ignored(
     lineage = round_of(tiny, [*foreign, *few]).record["lineage"]
     assert {*names(lineage["cases"]), *names(lineage["held_out"])} == {case.case_id for case in few}
     assert lineage["left_out"] == {}
-    with pytest.raises(TrainingError, match=r"None of the 2 reviewed cases fits tiny: expected 1 channel.*liver, spleen"):
+    with pytest.raises(TrainingError, match=r"None of the 2 reviewed cases fits tiny: .*1 channel.*liver, spleen"):
         run_round(tiny, job_for(tiny, foreign))
 
 
@@ -470,13 +477,11 @@ def test_a_parent_that_is_not_there_is_an_error(tiny: ModelStore, few: list[Revi
 
 
 @pytest.mark.usefixtures("without_report")
-def test_the_same_training_again_makes_no_second_version_and_says_so(
-    tiny: ModelStore, few: list[ReviewedCase]
-) -> None:
+def test_the_same_training_again_makes_no_second_version_and_says_so(tiny: ModelStore, few: list[ReviewedCase]) -> None:
     policy(tiny, STRICT)
     round_of(tiny, few)
     policy(tiny, LENIENT)
-    with pytest.raises(TrainingError, match="the very weights of v2.*it is promoted.*`mshub promote tiny v2`"):
+    with pytest.raises(TrainingError, match=r"the very weights of v2.*it is promoted.*`mshub promote tiny v2`"):
         round_of(tiny, few)
     assert [version.version for version in tiny.versions("tiny")] == ["v1", "v2"]
     assert tiny.current("tiny").version == "v1"
@@ -570,34 +575,27 @@ def test_a_stopped_job_goes_on_where_it_was(
     """Stopped while it prepares, trains and judges, it does nothing twice and ends as if nobody had stopped it."""
     job, asked = job_for(tiny, few), predictions(monkeypatch)
     stages: list[str] = []
+    stops = ["preparing case 2 of 2", "epoch 1", "judging the candidate: case 2 of 3"]
     tell = Job.tell
 
     def stopping(self: Job, **facts: Any) -> None:
         tell(self, **facts)
-        stage = facts.get("stage", f"epoch {facts.get('epoch')}")
-        if "stage" in facts and facts["stage"] == "training":
-            return
-        stages.append(stage)
-        if stage in ("preparing case 2 of 2", "epoch 1", "judging the candidate: case 2 of 3"):
+        stages.append(facts.get("stage") or f"epoch {facts.get('epoch')}")
+        if stops and stages[-1] == stops[0]:
+            stops.pop(0)
             self.ask_to_stop()
 
+    monkeypatch.setattr(Job, "tell", stopping)
     for _ in range(3):
-        with monkeypatch.context() as patch:
-            patch.setattr(Job, "tell", stopping)
-            with pytest.raises(Stopped):
-                run_round(tiny, job)
+        with pytest.raises(Stopped):
+            run_round(tiny, job)
         assert [version.version for version in tiny.versions("tiny")] == ["v1"]
         (job.path / "stop").unlink()
-        monkeypatch.setattr(Job, "tell", _only_after(stages, stopping, tell))
-    monkeypatch.undo()
     run_round(tiny, job)
-    assert [stage for stage in stages if stage.startswith("epoch")] == ["epoch 1", "epoch 2"]
-    assert len(asked) == len(set(asked)) == 6
+    assert stops == []
+    assert [stage for stage in stages if stage in ("epoch 1", "epoch 2")] == ["epoch 1", "epoch 2"]
+    assert len(asked) == len(set(asked)) == 6, "no case was predicted twice"
     assert tiny.current("tiny").version == "v2"
-
-
-def _only_after(stages: list[str], stopping: Callable[..., None], tell: Callable[..., None]) -> Callable[..., None]:
-    return stopping
 
 
 # -- from scratch -------------------------------------------------------------------------------------------------
@@ -668,12 +666,26 @@ def test_a_killed_training_from_scratch_is_not_planned_again(
     assert [version.version for version in store.versions("tiny")] == ["v1"]
 
 
+@pytest.mark.usefixtures("without_report", "planned")
+def test_a_first_version_whose_job_was_killed_after_it_was_published_still_gets_its_card(
+    store: ModelStore, few: list[ReviewedCase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = scratch(store, few)
+    with monkeypatch.context() as patch:
+        killing(patch, ModelStore, "keep_card")
+        with pytest.raises(KeyboardInterrupt):
+            run_round(store, job)
+    assert [version.version for version in store.versions("tiny")] == ["v1"]
+    run_round(store, job)
+    assert store.catalogue().get("tiny").title == "Abdomen"
+
+
 @pytest.mark.usefixtures("without_report")
 def test_a_model_trained_from_scratch_can_be_continued(
     store: ModelStore, few: list[ReviewedCase], planned: list[int]
 ) -> None:
     policy(store, LENIENT)
-    run_round(store, scratch(store, few))
+    ended(store, scratch(store, few))
     version = round_of(store, [replace(case) for case in few])
     assert (version.version, version.record["parent"]) == ("v2", "v1")
     assert version.record["lineage"]["original"] == "v1"

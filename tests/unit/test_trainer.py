@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -420,9 +420,8 @@ def test_a_stop_between_two_epochs_saves_however_young_the_last_checkpoint_is(
     def note(report: EpochReport) -> None:
         epochs.append(report.epoch)
 
-    answers: Iterator[bool] = iter([False] * 3 + [True] * 9)  # before epoch 1, before its two steps, after it
     with pytest.raises(Stopped):
-        train(tiny, whole, tmp_path / "work", short(3, 2), on_epoch=note, is_stopped=lambda: next(answers))
+        train(tiny, whole, tmp_path / "work", short(3, 2), on_epoch=note, is_stopped=lambda: bool(epochs))
     train(tiny, whole, tmp_path / "work", short(3, 2), on_epoch=note)
     assert epochs == [1, 2, 3]
 
@@ -461,6 +460,27 @@ def test_ignored_voxels_have_no_gradient(tiny: ModelFolder, partial: TrainingSet
     assert 0.2 < ignored.float().mean() < 0.3
     assert gradient.abs().sum(1)[ignored].max() == 0
     assert gradient.abs().sum(1)[~ignored].min() > 0
+
+
+def test_the_loss_of_a_step_is_cross_entropy_minus_dice_over_the_voxels_that_were_reviewed(
+    tiny: ModelFolder, partial: TrainingSet, tmp_path: Path
+) -> None:
+    run = _Run(tiny, "0", partial, short(), CPU, tmp_path, Setting(2, (8, 16, 16)))
+    with run._trainer.batches((0, "0"), 0) as batches:
+        batch = next(batches)
+    with torch.no_grad():
+        output = run._network(batch["data"])[0].double().numpy()
+    loss, _, _ = run._step(batch)
+    target = batch["target"][0][:, 0].long().numpy()
+    known, chance, log = target != 3, softmax(output, axis=1), log_softmax(output, axis=1)
+    assert 0.1 < known.mean() < 0.9
+    entropy = -np.mean(np.take_along_axis(log, np.where(known, target, 0)[:, None], 1)[:, 0][known])
+    dice = []
+    for sample, structure in np.ndindex(2, 2):
+        found = chance[sample, structure + 1] * known[sample]
+        there = (target[sample] == structure + 1) & known[sample]
+        dice.append((2 * np.sum(found * there) + 1e-5) / (np.sum(found) + np.sum(there) + 1e-5))
+    assert loss == pytest.approx(entropy - np.mean(dice), rel=1e-5)
 
 
 def test_labels_that_differ_only_where_nobody_reviewed_make_the_same_weights(tiny: ModelFolder, tmp_path: Path) -> None:

@@ -382,6 +382,11 @@ def _no_label(case: ReviewedCase) -> ReviewedCase:
     return case
 
 
+def _nameless_value(case: ReviewedCase) -> ReviewedCase:
+    write_label(case.label, np.where(array_of(case.label) == 2, 7, 1), case.images[0])
+    return case
+
+
 def _thin_slices(case: ReviewedCase) -> ReviewedCase:
     make_image(case.images[0], (22, 18, 2), np.diag([1.7, 1.3, 0.4, 1.0]))
     write_label(case.label, np.ones((22, 18, 2)), case.images[0])
@@ -396,6 +401,7 @@ BREAKAGES = [
     pytest.param(_cut_image, r"broken_0000\.nii", id="image cut off"),
     pytest.param(_constant_image, "same value", id="image without content"),
     pytest.param(_label_elsewhere, "the label of broken.*its image", id="label on another grid"),
+    pytest.param(_nameless_value, "values that no structure has. Found: 7", id="an integer without a name"),
     pytest.param(_no_image, r"broken_0000\.nii", id="image gone"),
     pytest.param(_no_label, r"broken-label\.nii", id="label gone"),
     pytest.param(_thin_slices, "nnU-Net cannot preprocess broken", id="thin slices, resampled to none"),

@@ -18,8 +18,9 @@ from monailabel.datastore.local import DataModel, LocalDatastore
 from monailabel.interfaces.datastore import DefaultLabelTag
 
 from lib.faults import as_http_errors, check_name
-from lib.reviews import read_patients, reviewed_case
+from lib.reviews import reviewed_case
 from mshub.atomic_file import replace_by_copy, replace_json
+from mshub.case_folders import PATIENTS, read_patients
 from mshub.cases import ReviewedCase
 from mshub.corrections import Correction, read_correction, swapped_names
 from mshub.errors import MSHubError
@@ -27,7 +28,6 @@ from mshub.volume_io import read_grid, read_volume
 
 logger = logging.getLogger(__name__)
 
-PATIENTS_FILE = "patients.csv"
 IMAGE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha")
 FIRST_CHANNEL = "_0000"
 _VERSION = re.compile(r"version_(\d+)")
@@ -192,13 +192,13 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
 
         Raises
         ------
-        ConfigError
-            ``patients.csv`` in the folder is not what `lib.reviews.read_patients` expects.
+        CaseError
+            ``patients.csv`` in the folder is not what `mshub.case_folders.read_patients` expects.
         """
-        patients = read_patients(Path(self._datastore.image_path()) / PATIENTS_FILE)
+        patients = read_patients(Path(self._datastore.image_path()) / PATIENTS)
         images = set(self.list_images())
         for case in sorted(patients.keys() - images):
-            self._warn_once(f"{PATIENTS_FILE} names {case}, which is no image here")
+            self._warn_once(f"{PATIENTS} names {case}, which is no image here")
         tag, structures = DefaultLabelTag.FINAL.value, self._structures()
         labelled = sorted(image for image in images if self.get_label_uri(image, tag))
         cases = [self._reviewed_case(image, patients, structures) for image in labelled]

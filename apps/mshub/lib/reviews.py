@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,11 @@ from typing import Any
 import numpy as np
 
 from mshub.cases import ReviewedCase
-from mshub.errors import ConfigError, LabelError
+from mshub.errors import LabelError
 from mshub.geometry import check_same_grid
 from mshub.label_rules import BACKGROUND, fold, is_integer
 from mshub.volume_io import read_grid, read_volume
 
-PATIENTS_COLUMNS = ["case", "patient"]
 AUDIT_STRATEGY = "random"
 _SAFE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
@@ -45,7 +43,7 @@ def reviewed_case(
     label_info, image_info : mapping
         What the datastore's index says of the two.
     patients : mapping of str to str
-        Image id -> patient: see `read_patients`.
+        Image id -> patient: see `mshub.case_folders.read_patients`.
     structures : collection of str
         The structures of all models, spelled as they spell them; other names are kept as they came.
 
@@ -75,45 +73,6 @@ def reviewed_case(
         audit=_offered_by(image_info) <= {AUDIT_STRATEGY},
         facts={key: label_info.get(key) for key in ("client_id", "submitted", "started_from", "doubts")},
     )
-
-
-def read_patients(path: Path) -> dict[str, str]:
-    """Read ``patients.csv``: which images are of one patient, who never both trains and judges.
-
-    Parameters
-    ----------
-    path : Path
-        UTF-8, comma-separated, with the header ``case,patient``: image id and any name for the patient. A case without
-        a line is a patient of its own.
-
-    Raises
-    ------
-    ConfigError
-        The file is not exactly that: a line misread here puts a patient on both sides.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        rows = list(csv.reader(path.read_text(encoding="utf-8-sig").splitlines(), strict=True))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"{path.name} cannot be read ({error}). Expected a comma-separated file in UTF-8.") from error
-    lines = [(number, [cell.strip() for cell in row]) for number, row in enumerate(rows, 1) if any(row)]
-    if not lines or lines[0][1] != PATIENTS_COLUMNS:
-        found = ",".join(lines[0][1]) if lines else "nothing"
-        raise ConfigError(f"{path.name} begins with {found!r}. Expected the line case,patient first.")
-    return _patients_of(lines[1:], path.name)
-
-
-def _patients_of(lines: Iterable[tuple[int, list[str]]], name: str) -> dict[str, str]:
-    patients: dict[str, str] = {}
-    for number, cells in lines:
-        if len(cells) != len(PATIENTS_COLUMNS) or not all(cells):
-            raise ConfigError(f"{name}, line {number} is {','.join(cells)!r}. Expected one case and one patient.")
-        case, patient = cells
-        if case in patients:
-            raise ConfigError(f"{name}, line {number} names the case {case} again. Expected one line per case.")
-        patients[case] = patient
-    return patients
 
 
 def _values(segments: Any, spelled: Mapping[str, str]) -> dict[str, int]:

@@ -27,7 +27,7 @@ from mshub.geometry import check_same_grid
 from mshub.label_rules import IGNORE
 from mshub.nnunet.model_writing import write_model_folder
 from mshub.nnunet.reading import read_channels
-from mshub.training_labels import training_dataset, training_labels
+from mshub.training_labels import refuse_unnamed, training_dataset, training_labels
 from mshub.volume_io import read_volume, write_nifti
 
 logger = logging.getLogger(__name__)
@@ -136,6 +136,7 @@ def _write_raw_case(dataset: dict[str, Any], case: ReviewedCase, raw: Path, name
     volumes = read_channels(case.images, [str(name) for name in dataset["channel_names"].values()])
     label = read_volume(case.label, allow_constant=True)
     check_same_grid(label.grid, volumes[0].grid, f"the label of {case.case_id}", "its image")
+    refuse_unnamed(label.array_xyz, case.values)
     array = training_labels(label.array_xyz, case.values, case.reviewed, targets, ignore)
     for channel, volume in enumerate(volumes):
         write_nifti(raw / "imagesTr" / f"{name}_{channel:04d}{ENDING}", volume.array_xyz, volume.grid)

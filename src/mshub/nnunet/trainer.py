@@ -4,7 +4,8 @@ What nnU-Net offers for this loses the segmentation head, needs a GPU for a GPU'
 of a training from scratch; the loop here is our own, its parts are nnU-Net's:
 
 * every epoch is seeded by itself and followed by a checkpoint, so a training that was killed goes on where it was; on a
-  CPU, where one process makes the batches, it ends with the weights it would have had, bit for bit;
+  CPU, where one process makes the batches, it ends with the weights it would have had, bit for bit, given the same
+  number of threads;
 * a step that runs out of memory is tried again with a smaller batch, then with smaller patches.
 """
 
@@ -225,12 +226,13 @@ class _Run:
             self._network.train()
             while self._state.epoch < self._recipe.epochs:
                 if is_stopped():
+                    self._save()
                     raise Stopped
                 batches.start(self._state.epoch)
                 report = self._epoch(batches, is_stopped)
                 self._state.epoch += 1
                 self._state.losses.append(report.loss)
-                if time.monotonic() - saved >= CHECKPOINT_EVERY_S or is_stopped():
+                if time.monotonic() - saved >= CHECKPOINT_EVERY_S:
                     self._save()
                     saved = time.monotonic()
                 on_epoch(report)

@@ -1,0 +1,101 @@
+"""What a model forgets when it is fine-tuned on a shifted domain, with and without the guards of the recipe.
+
+    python bench/forgetting.py --data DIR --model bench/out/hippocampus     # the model of bench/train_hippocampus.py
+
+Cases the model never saw are shifted as another scanner would shift them (contrast by a gamma curve that is not
+monotone, thick slices, noise), the model is fine-tuned on some of them, and scored on others, shifted and as they were.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from scipy import ndimage
+
+from learning_curve import reviewed_case
+from mshub.cases import ReviewedCase
+from mshub.evaluation import Evaluator
+from mshub.nnunet.folder import ModelFolder
+from mshub.nnunet.model_writing import write_model_folder
+from mshub.nnunet.predictor import PROFILES, PredictOptions
+from mshub.nnunet.trainer import train_fold
+from mshub.nnunet.training_set import prepare
+from mshub.recipe import Recipe
+from mshub.scores import mean_dice
+
+ROOT = Path(__file__).resolve().parent.parent
+VARIANTS = {
+    "no guard": {"guard": "none"},
+    "distil": {"guard": "distil"},
+    "interpolate": {"guard": "interpolate"},
+    "both": {"guard": "both"},
+}
+
+
+def shifted(case: ReviewedCase, folder: Path, seed: int) -> ReviewedCase:
+    """Write a case as another scanner might have seen it; the label stays."""
+    image = nib.load(case.images[0])
+    array = np.asarray(image.dataobj, dtype=np.float32)
+    low, high = np.percentile(array, (1, 99))
+    unit = np.clip((array - low) / (high - low), 0, 1)
+    unit = np.abs(unit - 0.35) ** 0.8  # dark and bright tissue trade places: no normalisation undoes it
+    unit = ndimage.uniform_filter1d(unit, 3, axis=2)  # slices three times as thick
+    unit += np.random.default_rng(seed).normal(0, 0.03, unit.shape)
+    path = folder / f"{case.case_id}_0000.nii.gz"
+    nib.save(nib.Nifti1Image((unit * 1000).astype(np.float32), image.affine), path)
+    return replace(case, case_id=f"{case.case_id}-shifted", images=(path,))
+
+
+def dice(model: ModelFolder, cases: list[ReviewedCase]) -> float:
+    """Return the mean Dice without mirroring."""
+    scores, failures = Evaluator(model, PredictOptions(PROFILES["fast"], device="cpu")).score(cases, lambda _: None)
+    if failures:
+        raise RuntimeError(f"no prediction for {failures}")
+    return mean_dice(scores)
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description="Forgetting after a fine-tune on a shifted domain.")
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data" / "hippocampus")
+    parser.add_argument("--model", type=Path, default=ROOT / "bench" / "out" / "hippocampus")
+    parser.add_argument("--train", type=int, default=12, help="shifted cases to fine-tune on")
+    parser.add_argument("--test", type=int, default=30, help="cases to score on, shifted and as they were")
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--recipe", default="{}", help="JSON of further recipe options")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    unseen = json.loads((arguments.model / "cases.json").read_text(encoding="utf-8"))["unseen"]
+    model = ModelFolder.open(arguments.model)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        cases = [reviewed_case(arguments.data, case) for case in unseen[: arguments.train + arguments.test]]
+        moved = [shifted(case, folder, seed) for seed, case in enumerate(cases)]
+        original, tested = cases[arguments.train :], moved[arguments.train :]
+        training = prepare(model, moved[: arguments.train], folder / "preprocessed", None, lambda _: None)
+        print(f"| {'fine-tuned with':15} | original domain | shifted domain |\n|---|---|---|")
+        print(f"| {'(before)':15} | {dice(model, original):.4f} | {dice(model, tested):.4f} |", flush=True)
+        for number, (name, options) in enumerate(VARIANTS.items()):
+            recipe = Recipe.from_options(
+                {"epochs": arguments.epochs, "iterations": 25, **json.loads(arguments.recipe), **options}
+            )
+            work = folder / str(number)
+            cpu = torch.device("cpu")
+            fit = train_fold(model, model.folds[0], training, recipe, cpu, work, lambda _: None, lambda: False)
+            write_model_folder(
+                work / "model", model.dataset, model.plans, model.configuration, model.trainer, model.mirror_axes,
+                {model.folds[0]: fit.weights},
+            )  # fmt: skip
+            after = ModelFolder.open(work / "model")
+            print(f"| {name:15} | {dice(after, original):.4f} | {dice(after, tested):.4f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
