@@ -2,7 +2,8 @@
 
 A version that a training made has ``lineage`` in its record::
 
-    {"original": "v1", "cases": [{"case", "digest", "reviewed", ...}], "held_out": [...],
+    {"original": "v1", "cases": [{"case", "digest", "reviewed", ...}], "held_out": [...], "left_out": {case: reason},
+     "unusable": [digests of readable cases that were left out],
      "recipe": {...}, "scores": {"candidate": [...], "v3": [...]}, "losses": [...], "verdict": {...}, "job": "...",
      "seconds": {...}}
 """
@@ -28,9 +29,10 @@ def original(store: ModelStore, version: ModelVersion) -> ModelVersion:
 
 
 def used_digests(version: ModelVersion) -> set[str]:
-    """Return the digests of the reviewed cases that a version was trained on or judged by."""
+    """Return the digests of the reviewed cases that a version was trained on or judged by, or that were of no use."""
     lineage = version.record.get("lineage", {})
-    return {case["digest"] for case in [*lineage.get("cases", []), *lineage.get("held_out", [])]}
+    cases = [*lineage.get("cases", []), *lineage.get("held_out", [])]
+    return {case["digest"] for case in cases} | set(lineage.get("unusable", []))
 
 
 def new_cases(store: ModelStore, model_id: str, cases: Iterable[ReviewedCase]) -> list[ReviewedCase]:

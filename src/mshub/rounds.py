@@ -86,6 +86,7 @@ class _Round:
         self._store, self._job, self._request = store, job, job.request
         self._seconds: dict[str, float] = {}
         self._left_out: dict[str, str] = {}  # case -> why it can neither train nor judge
+        self._usable: list[ReviewedCase] = []
         self._device = resolve_device(self._request.device)
 
     def run(self) -> ModelVersion:
@@ -142,7 +143,8 @@ class _Round:
                 f"{channels} channel(s) and at least one of {', '.join(structures)} reviewed."
             )
         ledger = self._store.home / "models" / self._request.model_id / "holdout.json"
-        training, held_out = HoldOut(ledger).split(self._readable(cases))
+        self._usable = self._readable(cases)
+        training, held_out = HoldOut(ledger).split(self._usable)
         logger.info("%d cases to train on, %d held out", len(training), len(held_out))
         if not training:
             raise TrainingError(
@@ -308,6 +310,7 @@ class _Round:
             "cases": [_case_facts(case) for case in prepared.cases.values()],
             "held_out": [_case_facts(case) for case in held_out if case.case_id not in self._left_out],
             "left_out": self._left_out,
+            "unusable": [case.digest for case in self._usable if case.case_id in self._left_out],
             "recipe": self._request.recipe.as_dict(),
             "trained_with": {
                 fold: {"batch_size": fit.batch_size, "patch_size": list(fit.patch_size)} for fold, fit in fits.items()

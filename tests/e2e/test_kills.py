@@ -24,7 +24,7 @@ from mshub.store import ModelStore
 MODEL = "tiny"
 KILLS = 10
 SHAPE = (24, 22, 16)
-TRAINING = {"epochs": 40, "iterations": 2}
+TRAINING = {"epochs": 200, "iterations": 2}
 
 
 class Ward:
@@ -114,7 +114,7 @@ def test_nothing_is_lost_when_job_and_server_are_killed(tmp_path: Path) -> None:
         submitting.start()
         for kill in range(KILLS):
             ward.train()
-            time.sleep(chance.uniform(0.5, 6))
+            time.sleep(chance.uniform(1, 14))
             if kill % 2 or not ward.kill_job():
                 ward.kill_server()
             ward.check()

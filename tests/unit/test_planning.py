@@ -188,12 +188,14 @@ def test_what_nnunet_cannot_plan_is_an_error_that_says_why(tmp_path: Path, monke
     def fail(_: Any) -> None:
         raise ValueError("no axis is long enough")
 
-    monkeypatch.setattr(DatasetFingerprintExtractor, "run", lambda *_: None)
+    overwrite: list[bool] = []
+    monkeypatch.setattr(DatasetFingerprintExtractor, "run", lambda _, anew=False: overwrite.append(anew))
     monkeypatch.setattr(ExperimentPlanner, "plan_experiment", fail)
     monkeypatch.setattr(ExperimentPlanner, "__init__", lambda *_: None)
     with pytest.raises(TrainingError, match=r"could not plan a network.*ValueError: no axis is long enough"):
         plan_model(DATASET, make_cases(tmp_path, 1), tmp_path / "work", seed=0)
     assert not (tmp_path / "work" / "planned").exists()
+    assert overwrite == [True], "what a killed job left of a fingerprint is not read"
 
 
 def test_a_plan_that_was_killed_while_it_was_written_leaves_nothing_that_looks_whole(

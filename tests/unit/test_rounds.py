@@ -437,6 +437,7 @@ def test_broken_cases_of_either_side_cost_nothing_but_themselves(
     assert names(lineage["cases"]) == ["case0", "case1"]
     assert sorted(lineage["left_out"]) == ["garbage-judging", "garbage-training", "gone-judging", "gone-training"]
     assert all(f"{name}_0000.nii" in reason for name, reason in lineage["left_out"].items())
+    assert len(lineage["unusable"]) == 2  # what can be read has been looked at, and is not new the next time
     assert lineage["verdict"]["outcome"] == "promoted"
 
 
@@ -466,7 +467,11 @@ def test_all_folds_are_trained_or_those_of_the_recipe(
 ) -> None:
     add_model(store, "tiny", make_model_folder(tmp_path / "two", folds=("0", "1"), **MODEL))
     version = round_of(store, few, replace(RECIPE, folds=chosen, epochs=1))
-    assert ModelFolder.open(version.model_path).folds == trained
+    parent, candidate = (ModelFolder.open(one.model_path) for one in (store.version("tiny", "v1"), version))
+    assert candidate.folds == trained
+    for fold in trained:
+        before, after = (model.checkpoint(fold)["network_weights"] for model in (parent, candidate))
+        assert max(float((before[name] - after[name]).abs().max()) for name in before) < 0.01, "of the same fold"
     assert tuple(version.record["folds"]) == tuple(version.record["lineage"]["trained_with"]) == trained
     assert len(version.record["lineage"]["losses"]) == 1
 
@@ -575,7 +580,7 @@ def test_a_stopped_job_goes_on_where_it_was(
     """Stopped while it prepares, trains and judges, it does nothing twice and ends as if nobody had stopped it."""
     job, asked = job_for(tiny, few), predictions(monkeypatch)
     stages: list[str] = []
-    stops = ["preparing case 2 of 2", "epoch 1", "judging the candidate: case 2 of 3"]
+    stops = ["preparing case 1 of 2", "epoch 1", "judging the candidate: case 2 of 3"]
     tell = Job.tell
 
     def stopping(self: Job, **facts: Any) -> None:
@@ -586,9 +591,10 @@ def test_a_stopped_job_goes_on_where_it_was(
             self.ask_to_stop()
 
     monkeypatch.setattr(Job, "tell", stopping)
-    for _ in range(3):
+    for prepared in (1, 2, 2):
         with pytest.raises(Stopped):
             run_round(tiny, job)
+        assert len(list((tiny.home / "preprocessed" / "tiny").glob("*.json"))) == prepared
         assert [version.version for version in tiny.versions("tiny")] == ["v1"]
         (job.path / "stop").unlink()
     run_round(tiny, job)
@@ -664,6 +670,15 @@ def test_a_killed_training_from_scratch_is_not_planned_again(
     run_round(store, job)
     assert planned == [2]
     assert [version.version for version in store.versions("tiny")] == ["v1"]
+
+
+def test_a_training_from_scratch_needs_a_case_with_one_of_its_structures(
+    store: ModelStore, few: list[ReviewedCase]
+) -> None:
+    dataset = {**DATASET, "labels": {"background": 0, "liver": 1, "spleen": 2, "ignore": 3}}
+    kidneys = [replace(case, reviewed=("kidney",)) for case in few]
+    with pytest.raises(TrainingError, match=r"expected 1 channel.*at least one of liver, spleen reviewed"):
+        run_round(store, job_for(store, kidneys, FROM_SCRATCH, parent=None, dataset=dataset))
 
 
 @pytest.mark.usefixtures("without_report", "planned")
