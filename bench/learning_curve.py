@@ -11,7 +11,8 @@ trained on, never held out and never shown to the server. Beside it, with the sa
 * ``pretrained``: nnU-Net's ``-pretrained_weights`` (SGD 1e-2, new segmentation head) on the corrections, from the base;
 * ``pretrained, Adam``: the same with the optimiser and learning rate that suit so few iterations best.
 
-Writes ``bench/out/learning-curve/``: results.json, table.md, learning-curve.png.
+Writes ``bench/out/learning-curve/``: results.json, table.md, learning-curve.png. What is done is kept there, the base
+model, the rounds and every arm: started again with the same options, it goes on where it was.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ SCENE_ORDER = {"hippocampus_posterior": 1, "hippocampus_anterior": 3}
 """How 3D Slicer numbered the segments of the scene: not as the model does."""
 PATCH = (40, 56, 40)
 UNSEEN = 70
+DONE = "rounds-done"
 MIRROR_AXES = (0, 1, 2)
 ARMS = ("scratch", "pretrained", "pretrained, Adam")
 
@@ -100,8 +102,9 @@ def dice_on(model: Path, data: Path, cases: list[str]) -> Json:
 # -- our loop ---------------------------------------------------------------------------------------------------------
 
 
-def run_loop(arguments: argparse.Namespace, base: Path, cases: dict[str, list[str]], home: Path) -> list[Json]:
-    """Run all rounds through a live server; returns one row per round."""
+def run_loop(arguments: argparse.Namespace, base: Path, cases: dict[str, list[str]], home: Path) -> None:
+    """Run all rounds through a live server; `home` keeps every version."""
+    shutil.rmtree(home, ignore_errors=True)
     studies = home / "studies"
     studies.mkdir(parents=True)
     for case in cases["pool"]:
@@ -111,15 +114,14 @@ def run_loop(arguments: argparse.Namespace, base: Path, cases: dict[str, list[st
     server = LiveServer(home, ["--studies", str(studies)], home)
     try:
         size = len(cases["pool"]) // arguments.rounds
-        rounds = []
         for number in range(arguments.rounds):
             for case in cases["pool"][number * size : (number + 1) * size]:
                 correct(server, arguments.data, case, home)
-            rounds.append(one_round(server, arguments, number + 1, home))
-            print(json.dumps({key: rounds[-1][key] for key in ("round", "version", "outcome", "hold_out")}), flush=True)
-        return rounds
+            one_round(server, arguments, home)
+            print(json.dumps(rows_of(ModelStore(home))[-1]), flush=True)
     finally:
         server.stop()
+    (home / DONE).touch()
 
 
 def correct(server: LiveServer, data: Path, case: str, scratch: Path) -> None:
@@ -138,37 +140,53 @@ def correct(server: LiveServer, data: Path, case: str, scratch: Path) -> None:
     path.unlink()
 
 
-def one_round(server: LiveServer, arguments: argparse.Namespace, number: int, home: Path) -> Json:
+def one_round(server: LiveServer, arguments: argparse.Namespace, home: Path) -> None:
     """Start a training as a client does, wait for it, and let a person promote what only waits for one."""
     client = server.client(home)
-    epochs = max(1, arguments.iterations // 25)
-    options = {"epochs": epochs, "iterations": 25, **json.loads(arguments.recipe)}
-    started = time.monotonic()
+    options = {"epochs": max(1, arguments.iterations // 25), "iterations": 25, **json.loads(arguments.recipe)}
     client.train_start(MODEL_ID, options)
-    while True:
-        stats = next(iter(client.info()["train_stats"].values()))
-        if stats.get("state") not in ("queued", "running"):
-            break
+    while client.train_status(check_if_running=True):
         time.sleep(2)
+    stats = next(iter(client.info()["train_stats"].values()))
     if stats["state"] != "done":
-        raise RuntimeError(f"round {number} ended as {stats}")
+        raise RuntimeError(f"the round ended as {stats}")
     store = ModelStore(home)
-    version = store.version(MODEL_ID, stats["version"])
-    lineage = version.record["lineage"]
-    change = [comparison["overall"]["mean"] for comparison in lineage["verdict"]["comparisons"]]
-    if stats["outcome"] == "needs a person" and all(value > 0 for value in change):
-        store.promote(MODEL_ID, version.version, "a person looked at the report")
-    return {
-        "round": number,
-        "version": version.version,
-        "outcome": stats["outcome"],
-        "serves": store.current(MODEL_ID).version,
-        "trained_on": [case["case"] for case in lineage["cases"]],
-        "hold_out": len(lineage["held_out"]),
-        "iterations": epochs * 25,
-        "seconds": round(time.monotonic() - started),
-        "reasons": lineage["verdict"]["reasons"],
-    }
+    comparisons = store.version(MODEL_ID, stats["version"]).record["lineage"]["verdict"]["comparisons"]
+    if stats["outcome"] == "needs a person" and all(found["overall"]["mean"] > 0 for found in comparisons):
+        store.promote(MODEL_ID, stats["version"], "a person looked at the report")
+
+
+def rows_of(store: ModelStore) -> list[Json]:
+    """Return what every round came to, from the versions themselves."""
+    promoted = {step["to"] for step in store.history(MODEL_ID)}
+    rows: list[Json] = []
+    serves = "v1"
+    for version in store.versions(MODEL_ID)[1:]:
+        lineage = version.record["lineage"]
+        serves = version.version if version.version in promoted else serves
+        rows.append({
+            "round": len(rows) + 1,
+            "version": version.version,
+            "outcome": lineage["verdict"]["outcome"],
+            "serves": serves,
+            "trained_on": [case["case"] for case in lineage["cases"]],
+            "hold_out": len(lineage["held_out"]),
+            "iterations": lineage["recipe"]["epochs"] * lineage["recipe"]["iterations"],
+            "seconds": lineage["seconds"],
+            "reasons": lineage["verdict"]["reasons"],
+        })  # fmt: skip
+    return rows
+
+
+def dice_of_versions(store: ModelStore, data: Path, unseen: list[str], kept: Path) -> Json:
+    """Score every version on the unseen cases, each once."""
+    known: Json = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+    for version in store.versions(MODEL_ID):
+        if version.version not in known:
+            known[version.version] = dice_on(version.model_path, data, unseen)
+            write_json(kept, known)
+            print(version.version, known[version.version], flush=True)
+    return known
 
 
 # -- nnU-Net's own ways -----------------------------------------------------------------------------------------------
@@ -198,6 +216,9 @@ def preprocess(data: Path, cases: list[str], base: Path, work: Path) -> None:
 
 def train_arm(task: Json) -> Json:
     """Train one arm for one round in a process of its own, and score it."""
+    kept = Path(task["kept"])
+    if kept.is_file():
+        return json.loads(kept.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
     torch.set_num_threads(1)
     work, base = Path(task["work"]), Path(task["base"])
     out = work / f"{task['arm']}-{task['round']}"
@@ -233,30 +254,40 @@ def train_arm(task: Json) -> Json:
     write_model_folder(trainer, plans, dataset, base / "dataset_fingerprint.json", out / "model")
     dice = dice_on(out / "model", Path(task["data"]), task["unseen"])
     shutil.rmtree(mine)
-    return {"arm": task["arm"], "round": task["round"], "iterations": trainer.num_epochs * ITERATIONS_PER_EPOCH,
-            "cpu_seconds": round(seconds), "dice": dice}  # fmt: skip
+    result = {"arm": task["arm"], "round": task["round"], "iterations": trainer.num_epochs * ITERATIONS_PER_EPOCH,
+              "cpu_seconds": round(seconds), "dice": dice}  # fmt: skip
+    write_json(kept, result)
+    return result
 
 
-def run_arms(arguments: argparse.Namespace, base: Path, cases: Json, rounds: list[Json], work: Path) -> list[Json]:
+def run_arms(arguments: argparse.Namespace, base: Path, cases: Json, rounds: list[Json]) -> list[Json]:
     """Train every arm for every round, two at a time."""
-    preprocess(arguments.data, [*cases["base"], *cases["pool"]], base, work)
-    shared = {"work": str(work), "base": str(base), "data": str(arguments.data), "seed": arguments.seed}
-    tasks = []
-    for row in rounds:
-        spent = sum(other["iterations"] for other in rounds[: row["round"]])
-        for arm in ARMS:
-            scratch = arm == "scratch"
-            tasks.append({
-                **shared, "arm": arm, "round": row["round"], "unseen": cases["unseen"],
-                "cases": sorted([*cases["base"], *row["trained_on"]] if scratch else row["trained_on"]),
-                "iterations": spent + (arguments.base_iterations if scratch else 0),
-            })  # fmt: skip
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+    kept = arguments.out / f"arms-{arguments.seed}"
+    kept.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        preprocess(arguments.data, [*cases["base"], *cases["pool"]], base, Path(scratch))
+        shared = {"work": scratch, "base": str(base), "data": str(arguments.data), "unseen": cases["unseen"]}
+        arms = [arm_of(arm, row, rounds, cases["base"], arguments) for row in rounds for arm in ARMS]
+        tasks = [{**shared, **arm, "kept": str(kept / f"{arm['arm']}-{arm['round']}.json")} for arm in arms]
         results = []
-        for result in pool.map(train_arm, tasks):
-            print(json.dumps(result), flush=True)
-            results.append(result)
+        with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+            for result in pool.map(train_arm, tasks):
+                print(json.dumps(result), flush=True)
+                results.append(result)
     return results
+
+
+def arm_of(arm: str, row: Json, rounds: list[Json], base: list[str], arguments: argparse.Namespace) -> Json:
+    """Return cases and iterations of an arm: what the loop had had by then, and for ``scratch`` the base's as well."""
+    spent = sum(other["iterations"] for other in rounds[: row["round"]])
+    scratch = arm == "scratch"
+    return {
+        "arm": arm,
+        "round": row["round"],
+        "seed": arguments.seed,
+        "cases": sorted([*base, *row["trained_on"]] if scratch else row["trained_on"]),
+        "iterations": spent + (arguments.base_iterations if scratch else 0),
+    }
 
 
 # -- the tables -------------------------------------------------------------------------------------------------------
@@ -324,39 +355,37 @@ def main() -> None:
     parser.add_argument("--base-iterations", type=int, default=240)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--per-round", type=int, default=10, help="cases corrected in each round")
-    parser.add_argument("--iterations", type=int, default=100, help="our iterations per round")
+    parser.add_argument("--iterations", type=int, default=75, help="our iterations per round")
     parser.add_argument("--recipe", default="{}", help="JSON of further recipe options")
     parser.add_argument("--ours-only", action="store_true")
     arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
     cases = split_cases(arguments.data, arguments.seed, arguments.base_cases, arguments.rounds * arguments.per_round)
-    base = arguments.out / f"base-{arguments.seed}"
-    with tempfile.TemporaryDirectory() as scratch:
-        if not (base / "fold_0").is_dir():
-            raw = Path(scratch) / "Dataset004_Hippocampus"
-            write_raw_dataset(arguments.data, cases["base"], raw)
-            recipe = Recipe(
-                iterations=arguments.base_iterations, patch_zyx=PATCH, mirror_axes=MIRROR_AXES, seed=arguments.seed
-            )
-            train(raw, base, recipe)
-        home = Path(scratch) / "home"
-        results: Json = {"command": " ".join(sys.argv), "cases": cases, "base_iterations": arguments.base_iterations}
-        results["rounds"] = run_loop(arguments, base, cases, home)
-        store = ModelStore(home)
-        unseen = cases["unseen"]
-        results["base_dice"] = dice_on(store.version(MODEL_ID, "v1").model_path, arguments.data, unseen)
-        known = {"v1": results["base_dice"]}
-        for row in results["rounds"]:
-            known[row["version"]] = dice_on(store.version(MODEL_ID, row["version"]).model_path, arguments.data, unseen)
-            row["dice"], row["serving_dice"] = known[row["version"]], known[row["serves"]]
-            print(row["round"], row["version"], known[row["version"]], flush=True)
-        shutil.copytree(home / "reports", arguments.out / "reports", dirs_exist_ok=True)
-        work = Path(scratch) / "arms"
-        results["arms"] = [] if arguments.ours_only else run_arms(arguments, base, cases, results["rounds"], work)
+    base, home = arguments.out / f"base-{arguments.seed}", arguments.out / f"home-{arguments.seed}"
+    if not (base / "fold_0").is_dir():
+        train_base(arguments, base, cases["base"])
+    if not (home / DONE).is_file():
+        run_loop(arguments, base, cases, home)
+    store = ModelStore(home)
+    results: Json = {"command": " ".join(sys.argv), "cases": cases, "base_iterations": arguments.base_iterations}
+    dice = dice_of_versions(store, arguments.data, cases["unseen"], home / "dice.json")
+    results["rounds"] = [
+        {**row, "dice": dice[row["version"]], "serving_dice": dice[row["serves"]]} for row in rows_of(store)
+    ]
+    results["base_dice"] = dice["v1"]
+    results["arms"] = [] if arguments.ours_only else run_arms(arguments, base, cases, results["rounds"])
     write_json(arguments.out / "results.json", results)
     write_table(arguments.out / "table.md", results)
     plot(arguments.out / "learning-curve.png", results)
     print((arguments.out / "table.md").read_text(encoding="utf-8"))
+
+
+def train_base(arguments: argparse.Namespace, base: Path, cases: list[str]) -> None:
+    """Train the model that the loop starts from."""
+    recipe = Recipe(iterations=arguments.base_iterations, patch_zyx=PATCH, mirror_axes=MIRROR_AXES, seed=arguments.seed)
+    with tempfile.TemporaryDirectory() as scratch:
+        raw = Path(scratch) / "Dataset004_Hippocampus"
+        write_raw_dataset(arguments.data, cases, raw)
+        train(raw, base, recipe)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 from mshub.atomic_file import replace_json
 from mshub.cases import ReviewedCase
 from mshub.errors import MSHubError
+from mshub.geometry import check_same_grid
 from mshub.nnunet.folder import ModelFolder
 from mshub.nnunet.network_cache import NetworkCache
 from mshub.nnunet.predictor import NNUNetPredictor, Prediction, PredictOptions
@@ -79,6 +80,7 @@ class Evaluator:
     def _score(self, case: ReviewedCase) -> CaseScore:
         prediction = self.predict(case)
         reviewed = read_volume(case.label, allow_constant=True)
+        check_same_grid(reviewed.grid, prediction.labels.grid, f"the label of {case.case_id}", "its image")
         return score_case(
             case.case_id,
             case.patient_key,
