@@ -335,9 +335,9 @@ def plot(path: Path, results: Json) -> None:
     }
     for arm, (style, colour) in styles.items():
         rows = [one for one in results["arms"] if one["arm"] == arm]
-        axes.plot(
-            [one["round"] for one in rows], [one["dice"]["mean"] for one in rows], style, color=colour, label=names[arm]
-        )
+        dice = [one["dice"]["mean"] for one in rows]
+        if rows:
+            axes.plot([one["round"] for one in rows], dice, style, color=colour, label=names[arm])
     axes.set(xlabel="round of corrections", ylabel=f"mean Dice on {len(results['cases']['unseen'])} unseen cases")
     axes.set_xticks(rounds)
     axes.grid(alpha=0.3)
