@@ -178,6 +178,8 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
         submitted = correction.labels.array_xyz
         if predicted.shape != submitted.shape:
             return []
+        if predicted.any() and not submitted.any():
+            return ["nothing is left of what the model saw"]
         pairs = swapped_names(submitted, correction.values, predicted, names)
         return [f"{one} and {other} look exchanged: each lies where the model saw the other" for one, other in pairs]
 

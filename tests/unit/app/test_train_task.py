@@ -128,7 +128,7 @@ def test_a_damaged_table_of_patients_is_told_and_does_not_break_info(clinic: MSH
     info = clinic.info()
     assert info["models"]
     assert info["trainers"]["tiny"]["config"]
-    assert "Expected the line case,patient" in info["trainers"]["tiny"]["mshub"]["problem"]
+    assert "expected case,patient in its first line" in info["trainers"]["tiny"]["mshub"]["problem"]
 
 
 def test_trainers_follow_the_models_that_are_installed(
