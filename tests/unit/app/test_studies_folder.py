@@ -220,6 +220,27 @@ def test_a_structure_that_was_deleted_from_the_prelabel_was_reviewed(datastore: 
     assert stored["started_from"] == {"model": "tiny", "version": "v3"}
 
 
+@pytest.mark.parametrize(
+    ("submitted", "doubts"),
+    [
+        ((1, 1, 0, 2, 2), ["liver and spleen look exchanged: each lies where the model saw the other"]),
+        ((), ["nothing is left of what the model saw"]),
+        ((2, 2, 0, 1, 1), []),
+    ],
+    ids=["exchanged", "emptied", "renumbered"],
+)
+def test_a_label_that_is_odd_beside_its_prelabel_is_stored_with_the_doubt(
+    datastore: StudiesFolder, studies: Path, submitted: tuple[int, ...], doubts: list[str]
+) -> None:
+    made = make_label(studies.parent / "made.nii.gz", 1, 1, 0, 2, 2)
+    datastore.save_prediction("ct", made, "original", {"params": {"label_names": {"liver": 1, "spleen": 2}}})
+    label = make_label(studies.parent / "label.nii.gz", *submitted)
+    datastore.save_label("ct", str(label), "final", scene(spleen=1, liver=2))
+    assert datastore.get_label_info("ct", "final")["doubts"] == doubts
+    (case,) = datastore.reviewed_cases()
+    assert case.facts["doubts"] == doubts
+
+
 def test_every_label_that_is_replaced_stays_as_a_version(datastore: StudiesFolder, studies: Path) -> None:
     contents = []
     for count in (1, 2, 3):
