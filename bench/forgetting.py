@@ -23,10 +23,10 @@ from learning_curve import reviewed_case
 from mshub.cases import ReviewedCase
 from mshub.evaluation import Evaluator
 from mshub.nnunet.folder import ModelFolder
-from mshub.nnunet.model_writing import write_model_folder
+from mshub.nnunet.model_writing import write_trained
 from mshub.nnunet.predictor import PROFILES, PredictOptions
 from mshub.nnunet.trainer import train_fold
-from mshub.nnunet.training_set import prepare
+from mshub.nnunet.training_set import TrainingSet, prepare
 from mshub.recipe import Recipe
 from mshub.scores import mean_dice
 
@@ -51,6 +51,14 @@ def shifted(case: ReviewedCase, folder: Path, seed: int) -> ReviewedCase:
     path = folder / f"{case.case_id}_0000.nii.gz"
     nib.save(nib.Nifti1Image((unit * 1000).astype(np.float32), image.affine), path)
     return replace(case, case_id=f"{case.case_id}-shifted", images=(path,))
+
+
+def fine_tuned(model: ModelFolder, training: TrainingSet, recipe: Recipe, work: Path) -> ModelFolder:
+    """Fine-tune the first fold of a model in this process, on the CPU."""
+    fold = model.folds[0]
+    fit = train_fold(model, fold, training, recipe, torch.device("cpu"), work, lambda _: None, lambda: False)
+    write_trained(work / "model", model, {fold: fit.weights})
+    return ModelFolder.open(work / "model")
 
 
 def dice(model: ModelFolder, cases: list[ReviewedCase]) -> float:
@@ -86,14 +94,7 @@ def main() -> None:
             recipe = Recipe.from_options(
                 {"epochs": arguments.epochs, "iterations": 25, **json.loads(arguments.recipe), **options}
             )
-            work = folder / str(number)
-            cpu = torch.device("cpu")
-            fit = train_fold(model, model.folds[0], training, recipe, cpu, work, lambda _: None, lambda: False)
-            write_model_folder(
-                work / "model", model.dataset, model.plans, model.configuration, model.trainer, model.mirror_axes,
-                {model.folds[0]: fit.weights},
-            )  # fmt: skip
-            after = ModelFolder.open(work / "model")
+            after = fine_tuned(model, training, recipe, folder / str(number))
             print(f"| {name:15} | {dice(after, original):.4f} | {dice(after, tested):.4f} |", flush=True)
 
 

@@ -16,11 +16,9 @@ from typing import Any
 
 import torch
 
-from forgetting import dice
+from forgetting import dice, fine_tuned
 from learning_curve import reviewed_case
 from mshub.nnunet.folder import ModelFolder
-from mshub.nnunet.model_writing import write_model_folder
-from mshub.nnunet.trainer import train_fold
 from mshub.nnunet.training_set import prepare
 from mshub.recipe import Recipe
 
@@ -56,13 +54,8 @@ def main() -> None:
         print(f"| recipe | Dice |\n|---|---|\n| (before) | {dice(model, tested):.4f} |", flush=True)
         for number, (name, options) in enumerate(RECIPES.items()):
             recipe = Recipe.from_options({"epochs": 4, "iterations": 25, "guard": "none", **options})
-            work, cpu = folder / str(number), torch.device("cpu")
-            fit = train_fold(model, "0", prepared, recipe, cpu, work, lambda _: None, lambda: False)
-            write_model_folder(
-                work / "model", model.dataset, model.plans, model.configuration, model.trainer, model.mirror_axes,
-                {"0": fit.weights},
-            )  # fmt: skip
-            print(f"| {name} | {dice(ModelFolder.open(work / 'model'), tested):.4f} |", flush=True)
+            after = fine_tuned(model, prepared, recipe, folder / str(number))
+            print(f"| {name} | {dice(after, tested):.4f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,9 @@ from mshub.cases import ReviewedCase
 SHAPE = (22, 18, 10)
 VALUES = {"liver": 1, "spleen": 2}
 
+VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "nnUNet_n_proc_DA")
+"""What nnU-Net is told by the environment."""
+
 
 def make_case(
     folder: Path,

@@ -9,7 +9,7 @@
         log.txt          what the job's process said
         stop             exists once somebody asked the job to stop
         .lock            held by the process that works on the job, for as long as it lives
-        work/            checkpoints and preprocessed cases; removed when the job is done
+        work/            checkpoints and the candidate; removed when the job is done
 
 A job is a process of its own. It goes on when the server that started it ends, and whoever looks at the folder sees
 the same: no state is kept anywhere else. Jobs take turns: each waits for the lock of the queue before it computes.
@@ -37,7 +37,7 @@ from mshub.atomic_file import replace_by_copy, replace_json, replace_text
 from mshub.cases import ReviewedCase
 from mshub.errors import MSHubError, TrainingError
 from mshub.recipe import Recipe
-from mshub.store import writable_folder
+from mshub.store import utc_now, writable_folder
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ class Job:
 
     def tell(self, **facts: Any) -> None:
         """Replace the progress by itself and `facts`; only the job's own process and its starter do so."""
-        progress = {**_read(self.path / "progress.json"), **facts, "updated": _now()}
+        progress = {**_read(self.path / "progress.json"), **facts, "updated": utc_now()}
         replace_json(self.path / "progress.json", progress)
 
     def log_tail(self, lines: int = 20) -> list[str]:
@@ -160,7 +160,7 @@ class Job:
 
     def ask_to_stop(self) -> None:
         """Ask the job to end at the next step; it keeps what it has, for a later start to go on from."""
-        replace_text(self.path / "stop", _now() + "\n")
+        replace_text(self.path / "stop", utc_now() + "\n")
 
     @property
     def is_asked_to_stop(self) -> bool:
@@ -251,7 +251,7 @@ class Jobs:
         path = self.folder / f"{request.model_id}--{datetime.now(timezone.utc):%Y%m%dT%H%M%S.%f}"
         kept = tuple(_keep_label(case, path / "labels") for case in request.cases)
         replace_json(path / "request.json", replace(request, cases=kept).as_dict())
-        created = {"attempts": 0, "created": _now(), "model": request.model_id, **_starting()}
+        created = {"attempts": 0, "created": utc_now(), "model": request.model_id, **_starting()}
         replace_json(path / "progress.json", created)
         return Job(path)
 
@@ -341,7 +341,3 @@ def _kill(pid: int | None) -> None:
 def _read(path: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return content
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -30,7 +30,7 @@ from mshub.lineage import CANDIDATE, fitting_cases, original, rounds, used_diges
 from mshub.nnunet.devices import resolve_device
 from mshub.nnunet.engine import check_weights
 from mshub.nnunet.folder import ModelFolder
-from mshub.nnunet.model_writing import write_model_folder
+from mshub.nnunet.model_writing import write_trained
 from mshub.nnunet.planning import plan_model
 from mshub.nnunet.predictor import PROFILES, PredictOptions
 from mshub.nnunet.trainer import EpochReport, Fit, Stopped, train_fold
@@ -129,8 +129,7 @@ class _Round:
 
     @property
     def _options(self) -> PredictOptions:
-        """As the server predicts by default."""
-        return PredictOptions(PROFILES["accurate"], device=str(self._device), input_clip=self._card.input_clip)
+        return _as_served(self._card, str(self._device))
 
     # -- the stages ---------------------------------------------------------------------------------------------
 
@@ -231,11 +230,7 @@ class _Round:
     def _write_candidate(self, fits: dict[str, Fit]) -> ModelFolder:
         path = self._job.work / "candidate"
         shutil.rmtree(path, ignore_errors=True)
-        model = self._model
-        weights = {fold: fit.weights for fold, fit in fits.items()}
-        write_model_folder(
-            path, model.dataset, model.plans, model.configuration, model.trainer, model.mirror_axes, weights
-        )
+        write_trained(path, self._model, {fold: fit.weights for fold, fit in fits.items()})
         candidate = ModelFolder.open(path)
         check_weights(candidate)
         return candidate
@@ -246,7 +241,7 @@ class _Round:
         """Score the candidate, the version that serves and the original on the hold-out."""
         scores: dict[str, list[CaseScore]] = {}
         for version in self._baselines():
-            options = PredictOptions(PROFILES["accurate"], device=str(self._device), input_clip=version.card.input_clip)
+            options = _as_served(version.card, str(self._device))
             evaluator = Evaluator(ModelFolder.open(version.model_path), options, self._kept_scores(version))
             scores[version.version], broken = evaluator.score(held_out, self._judging(version.version, held_out))
             held_out = [case for case in held_out if case.case_id not in broken]  # judges nobody: not its fault
@@ -350,6 +345,11 @@ class _Round:
         self._seconds[name] = time.monotonic() - started
 
 
+def _as_served(card: ModelCard, device: str) -> PredictOptions:
+    """Return the options by which the server predicts by default."""
+    return PredictOptions(PROFILES["accurate"], device=device, input_clip=card.input_clip)
+
+
 def _case_facts(case: ReviewedCase) -> dict[str, Any]:
     return {"case": case.case_id, "digest": case.digest, "reviewed": list(case.reviewed), **case.facts}
 
@@ -432,13 +432,7 @@ def _overlays(
     worst = worst_cases(after.values(), before.values(), OVERLAYS)
     cases = {case.case_id: case for case in request.cases}
     versions = [version, *([store.version(version.model_id, parent)] if parent else [])]
-    evaluators = [
-        Evaluator(
-            ModelFolder.open(one.model_path),
-            PredictOptions(PROFILES["accurate"], device=request.device, input_clip=one.card.input_clip),
-        )
-        for one in versions
-    ]
+    evaluators = [Evaluator(ModelFolder.open(one.model_path), _as_served(one.card, request.device)) for one in versions]
     found = []
     for case_id in worst:
         case = cases[case_id]

@@ -195,7 +195,7 @@ class ModelStore:
                     return version
             number = max((version.number for version in self.versions(model_id)), default=0) + 1
             target = folder / f"v{number}"
-            self._move_into_place(model, target, {**record, "created": _now(), "files": files})
+            self._move_into_place(model, target, {**record, "created": utc_now(), "files": files})
             if serve_first:
                 self._serve_if_none(folder, target.name)
         logger.info("published %s %s", model_id, target.name)
@@ -312,7 +312,7 @@ class ModelStore:
 
     def _set_current(self, folder: Path, version: str, reason: str, rollback: bool = False) -> None:
         before = self._current_name(folder)
-        step = {"time": _now(), "from": before, "to": version, "reason": reason, "rollback": rollback}
+        step = {"time": utc_now(), "from": before, "to": version, "reason": reason, "rollback": rollback}
         replace_text(folder / "current", version + "\n")
         with (folder / "history.jsonl").open("a", encoding="utf-8") as history:
             history.write(json.dumps(step, ensure_ascii=False) + "\n")
@@ -351,5 +351,6 @@ def _make_read_only(folder: Path) -> None:
             path.chmod(0o444)
 
 
-def _now() -> str:
+def utc_now() -> str:
+    """Return this moment as records, jobs and labels note it: ISO 8601, UTC, in seconds."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
+from mshub.cases import ReviewedCase
 from mshub.dataset_json import read_labels
 from mshub.errors import TrainingError
-from mshub.geometry import Array
+from mshub.geometry import Array, Grid, check_same_grid
 from mshub.label_rules import BACKGROUND, IGNORE, listed, refusal
+from mshub.volume_io import read_volume
 
 UNSURE_MARGIN_MM = 3.0
 """Voxels this near to an unreviewed structure, as the model sees it, are left out of the training too."""
@@ -73,6 +75,22 @@ def refuse_unnamed(label: Array, values: Mapping[str, int]) -> None:
         )
 
 
+def read_reviewed_label(case: ReviewedCase, image: Grid) -> Array:
+    """Read the label of a case, axes x, y, z, numbered as ``case.values`` says.
+
+    Raises
+    ------
+    CaseError, GeometryError
+        It cannot be read, or lies on another grid than its image.
+    LabelError
+        It holds a value without a name.
+    """
+    label = read_volume(case.label, allow_constant=True)
+    check_same_grid(label.grid, image, f"the label of {case.case_id}", "its image")
+    refuse_unnamed(label.array_xyz, case.values)
+    return label.array_xyz
+
+
 def training_labels(
     label: Array,
     values: Mapping[str, int],
@@ -96,8 +114,8 @@ def training_labels(
     ignore : int
         For voxels nothing is known about.
     unsure : ndarray of bool, optional
-        Where structures that nobody reviewed may be: unlabelled voxels there are ``ignore``. Without it, every
-        unlabelled voxel is, if the model has such structures.
+        Where structures that nobody reviewed may be: voxels there that are none of the model's structures in `label`
+        are ``ignore``. Without it, every unlabelled voxel is, if the model has such structures.
 
     Returns
     -------

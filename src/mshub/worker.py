@@ -11,14 +11,13 @@ import os
 import signal
 import sys
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 
 from filelock import Timeout
 
 from mshub.errors import MSHubError
 from mshub.jobs import Job, Jobs
-from mshub.store import ModelStore
+from mshub.store import ModelStore, utc_now
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +59,7 @@ def _take_turn(job: Job, store: ModelStore) -> int:
 
 def _run(job: Job, store: ModelStore) -> int:
     started = time.monotonic()
-    job.tell(state="running", stage="starting", started=_now(), ended=None, total_time=None)
+    job.tell(state="running", stage="starting", started=utc_now(), ended=None, total_time=None)
     try:
         ended = _round(job, store)
     except MSHubError as error:
@@ -92,12 +91,8 @@ def _round(job: Job, store: ModelStore) -> bool:
 
 def _end(job: Job, state: str, message: str, started: float) -> None:
     seconds = round(time.monotonic() - started, 1)
-    job.tell(state=state, stage="", message=message, ended=_now(), total_time=seconds, eta_s=None)
+    job.tell(state=state, stage="", message=message, ended=utc_now(), total_time=seconds, eta_s=None)
     logger.info("%s: %s", state, message)
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 if __name__ == "__main__":

@@ -32,18 +32,10 @@ from mshub.nnunet.trainer import train_fold
 from mshub.nnunet.training_set import prepare
 from mshub.recipe import FROM_SCRATCH, Recipe
 from mshub.volume_io import read_grid
-from reviewed import array_of, make_case, make_cases, write_label
+from reviewed import VARIABLES, array_of, make_case, make_cases, write_label
 
 DATASET: dict[str, Any] = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "liver": 1, "spleen": 2}}
-VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "nnUNet_n_proc_DA")
-
-
-@pytest.fixture(autouse=True)
-def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test leaves nnU-Net's environment variables to the next."""
-    for name in VARIABLES:
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
+pytestmark = pytest.mark.usefixtures("nnunet_environment")
 
 
 @pytest.fixture(scope="module")

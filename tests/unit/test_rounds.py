@@ -29,7 +29,7 @@ from mshub.nnunet.trainer import Stopped
 from mshub.recipe import FROM_SCRATCH, Recipe
 from mshub.rounds import run_round
 from mshub.store import ModelStore, ModelVersion
-from reviewed import array_of, make_case
+from reviewed import VARIABLES, array_of, make_case
 
 RECIPE = Recipe(epochs=2, iterations=2, optimiser="sgd", learning_rate=1e-4, guard="none")
 MODEL: dict[str, Any] = {"spacing_zyx_mm": (3.1, 1.3, 1.7), "patch": (8, 16, 20), "mirror_axes": None}
@@ -40,15 +40,7 @@ JUDGES = ("patient 3", "patient 8", "patient 9")
 FEW = (*JUDGES, "patient 0", "patient 1")
 LENIENT = "min_cases = 1\nmean_lower_bound = -1.0\nworst_structure = -1.0\nworst_case = -1.0\nfirst_mean_dice = 0.0\n"
 STRICT = "min_cases = 1\nmean_lower_bound = 1.0\n"
-VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "nnUNet_n_proc_DA")
-
-
-@pytest.fixture(autouse=True)
-def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test leaves nnU-Net's environment variables to the next."""
-    for name in VARIABLES:
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
+pytestmark = pytest.mark.usefixtures("nnunet_environment")
 
 
 @pytest.fixture(scope="module")

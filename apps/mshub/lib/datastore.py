@@ -24,6 +24,7 @@ from mshub.case_folders import PATIENTS, read_patients
 from mshub.cases import ReviewedCase
 from mshub.corrections import Correction, read_correction, swapped_names
 from mshub.errors import MSHubError
+from mshub.store import utc_now
 from mshub.volume_io import read_grid, read_volume
 
 logger = logging.getLogger(__name__)
@@ -163,7 +164,7 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
             "reviewed": list(correction.reviewed([name for name, voxels in predicted.items() if voxels])),
             "voxels": correction.voxels,
             "started_from": _origin(started_from),
-            "submitted": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "submitted": utc_now(),
             "doubts": self._doubts(image_id, correction, started_from),
         }
         return self._store_label(image_id, Path(label_filename), label_tag, {**label_info, **facts})

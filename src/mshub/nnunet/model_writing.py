@@ -9,7 +9,16 @@ from typing import Any
 
 import torch
 
+from mshub.nnunet.folder import ModelFolder
+
 CHECKPOINT = "checkpoint_final.pth"
+
+
+def write_trained(path: Path, parent: ModelFolder, weights: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    """Write the folder of a model that has new weights (fold -> ``network_weights``) and all else of its parent."""
+    write_model_folder(
+        path, parent.dataset, parent.plans, parent.configuration, parent.trainer, parent.mirror_axes, weights
+    )
 
 
 def write_model_folder(

@@ -23,12 +23,11 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from mshub.cases import ReviewedCase
 from mshub.dataset_json import read_labels
 from mshub.errors import MSHubError, TrainingError
-from mshub.geometry import check_same_grid
 from mshub.label_rules import IGNORE
 from mshub.nnunet.model_writing import write_model_folder
 from mshub.nnunet.reading import read_channels
-from mshub.training_labels import refuse_unnamed, training_dataset, training_labels
-from mshub.volume_io import read_volume, write_nifti
+from mshub.training_labels import read_reviewed_label, training_dataset, training_labels
+from mshub.volume_io import write_nifti
 
 logger = logging.getLogger(__name__)
 
@@ -99,8 +98,6 @@ def _plan(cases: int) -> dict[str, Any]:
         with contextlib.redirect_stdout(io.StringIO()):
             DatasetFingerprintExtractor(NAME, max(1, min(cases, (os.cpu_count() or 2) // 2))).run(True)
             plans: dict[str, Any] = ExperimentPlanner(NAME).plan_experiment()
-    except MSHubError:
-        raise
     except Exception as error:
         raise TrainingError(
             f"nnU-Net could not plan a network for these cases ({type(error).__name__}: {error}). Expected volumes of "
@@ -134,10 +131,8 @@ def _write_raw_case(dataset: dict[str, Any], case: ReviewedCase, raw: Path, name
     trained = training_dataset(dataset)
     targets, ignore = read_labels(trained).predicted, trained["labels"][IGNORE]
     volumes = read_channels(case.images, [str(name) for name in dataset["channel_names"].values()])
-    label = read_volume(case.label, allow_constant=True)
-    check_same_grid(label.grid, volumes[0].grid, f"the label of {case.case_id}", "its image")
-    refuse_unnamed(label.array_xyz, case.values)
-    array = training_labels(label.array_xyz, case.values, case.reviewed, targets, ignore)
+    label = read_reviewed_label(case, volumes[0].grid)
+    array = training_labels(label, case.values, case.reviewed, targets, ignore)
     for channel, volume in enumerate(volumes):
         write_nifti(raw / "imagesTr" / f"{name}_{channel:04d}{ENDING}", volume.array_xyz, volume.grid)
     write_nifti(raw / "labelsTr" / f"{name}{ENDING}", array, volumes[0].grid)

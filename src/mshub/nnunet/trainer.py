@@ -3,9 +3,9 @@
 What nnU-Net offers for this loses the segmentation head, needs a GPU for a GPU's checkpoint and keeps the learning rate
 of a training from scratch; the loop here is our own, its parts are nnU-Net's:
 
-* every epoch is seeded by itself and followed by a checkpoint, so a training that was killed goes on where it was; on a
-  CPU, where one process makes the batches, it ends with the weights it would have had, bit for bit, given the same
-  number of threads;
+* every epoch is seeded by itself, and a checkpoint is written after an epoch every half minute, so a training that was
+  killed goes on from there; on a CPU, where one process makes the batches, it ends with the weights it would have had,
+  bit for bit, given the same number of threads;
 * a step that runs out of memory is tried again with a smaller batch, then with smaller patches.
 """
 

@@ -21,12 +21,17 @@ from mshub.atomic_file import replace_json
 from mshub.cases import ReviewedCase
 from mshub.dataset_json import read_labels
 from mshub.errors import CaseError, LabelError, MSHubError, TrainingError
-from mshub.geometry import Array, Volume, check_same_grid
+from mshub.geometry import Array, Volume
 from mshub.label_rules import IGNORE
 from mshub.nnunet.folder import ModelFolder
 from mshub.nnunet.reading import read_as_nnunet, read_channels, read_label_as_nnunet
-from mshub.training_labels import refuse_unnamed, training_dataset, training_labels, unsure_region, without_ignore
-from mshub.volume_io import read_volume
+from mshub.training_labels import (
+    read_reviewed_label,
+    training_dataset,
+    training_labels,
+    unsure_region,
+    without_ignore,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -182,9 +187,7 @@ def _preprocessed(
 def _trained_labels(
     model: ModelFolder, dataset: dict[str, Any], case: ReviewedCase, image: Volume, predict: Predict | None
 ) -> Array:
-    label = read_volume(case.label, allow_constant=True)
-    check_same_grid(label.grid, image.grid, f"the label of {case.case_id}", "its image")
-    refuse_unnamed(label.array_xyz, case.values)
+    label = read_reviewed_label(case, image.grid)
     targets = read_labels(dataset).predicted
     reviewed = case.structures(list(targets))
     unknown = [name for name in targets if name not in reviewed]
@@ -197,7 +200,7 @@ def _trained_labels(
     if unknown and predict is not None:
         predicted, values = predict(case)
         unsure = unsure_region(predicted, [values[name] for name in unknown], image.grid.spacing_xyz_mm)
-    return training_labels(label.array_xyz, case.values, reviewed, targets, dataset["labels"][IGNORE], unsure)
+    return training_labels(label, case.values, reviewed, targets, dataset["labels"][IGNORE], unsure)
 
 
 def _forget_all_but(folder: Path, identifiers: Collection[str]) -> None:
