@@ -14,12 +14,9 @@ from typing import Any
 import numpy as np
 
 from mshub.errors import LabelError
-from mshub.geometry import Array, Grid, Volume, check_same_grid
+from mshub.geometry import Grid, Volume, check_same_grid
 from mshub.label_rules import BACKGROUND, fold, similar_names
 from mshub.volume_io import read_volume
-
-MOSTLY, HARDLY = 0.5, 0.1
-"""Shares of a structure's voxels from which it lies where the model saw another one, and not where it saw itself."""
 
 
 @dataclass(frozen=True)
@@ -47,33 +44,6 @@ class Correction:
         if the label the person started from, with the structures `predicted`, was not empty there.
         """
         return tuple(name for name, count in self.voxels.items() if count or name in predicted)
-
-
-def swapped_names(
-    reviewed: Array, values: Mapping[str, int], predicted: Array, predicted_values: Mapping[str, int]
-) -> list[tuple[str, str]]:
-    """Return pairs of structures that look as if their names were exchanged.
-
-    A person corrects borders and removes or adds structures; that each of two structures lies where the model saw the
-    other, and hardly where it saw itself, is far more often a slip in the list of segments. It is no error: the person
-    may be right and the model wrong. Somebody should look.
-
-    Parameters
-    ----------
-    reviewed, predicted : ndarray of int
-        The submitted label and the pre-label it started from, of the same shape.
-    values, predicted_values : mapping of str to int
-        Structure -> integer in each.
-    """
-    names = [name for name in values if name in predicted_values]
-    moved: dict[str, str] = {}
-    for name in names:
-        inside = predicted[reviewed == values[name]]
-        shares = {other: np.count_nonzero(inside == predicted_values[other]) / max(1, inside.size) for other in names}
-        likeliest = max(shares, key=shares.__getitem__)
-        if shares[likeliest] >= MOSTLY and shares[name] <= HARDLY:
-            moved[name] = likeliest
-    return [(name, other) for name, other in moved.items() if name < other and moved.get(other) == name]
 
 
 def read_correction(path: Path, segments: Any, image: Grid, known: Collection[str]) -> Correction:

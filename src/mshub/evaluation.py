@@ -10,15 +10,21 @@ from pathlib import Path
 
 from mshub.atomic_file import replace_json
 from mshub.cases import ReviewedCase
+from mshub.catalogue import ModelCard
+from mshub.doubts import label_doubts
 from mshub.errors import MSHubError
-from mshub.geometry import check_same_grid
 from mshub.nnunet.folder import ModelFolder
 from mshub.nnunet.network_cache import NetworkCache
-from mshub.nnunet.predictor import NNUNetPredictor, Prediction, PredictOptions
+from mshub.nnunet.predictor import PROFILES, NNUNetPredictor, Prediction, PredictOptions
 from mshub.scores import CaseScore, score_case
-from mshub.volume_io import read_volume
+from mshub.training_labels import read_reviewed_label
 
 logger = logging.getLogger(__name__)
+
+
+def as_served(card: ModelCard, device: str) -> PredictOptions:
+    """Return the options by which the server predicts by default."""
+    return PredictOptions(PROFILES["accurate"], device=device, input_clip=card.input_clip)
 
 
 class Evaluator:
@@ -42,6 +48,12 @@ class Evaluator:
     def predict(self, case: ReviewedCase) -> Prediction:
         """Segment one case."""
         return self._predictor.predict(case.images, self._options)
+
+    def doubts(self, case: ReviewedCase) -> list[str]:
+        """Return what is odd about a reviewed label beside what the version predicts; see `mshub.doubts`."""
+        prediction = self.predict(case)
+        label = read_reviewed_label(case, prediction.labels.grid)
+        return label_doubts(case.reviewed, label, case.values, prediction.labels.array_xyz, prediction.names)
 
     def score(
         self, cases: Sequence[ReviewedCase], on_case: Callable[[int], None]
@@ -79,14 +91,12 @@ class Evaluator:
 
     def _score(self, case: ReviewedCase) -> CaseScore:
         prediction = self.predict(case)
-        reviewed = read_volume(case.label, allow_constant=True)
-        check_same_grid(reviewed.grid, prediction.labels.grid, f"the label of {case.case_id}", "its image")
         return score_case(
             case.case_id,
             case.patient_key,
             prediction.labels.array_xyz,
             prediction.names,
-            reviewed.array_xyz,
+            read_reviewed_label(case, prediction.labels.grid),
             case.values,
             case.structures(self._folder.labels.names),
         )

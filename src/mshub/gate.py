@@ -33,6 +33,8 @@ MIN_PATIENTS = 2
 DECIMALS = 9
 #: Reasons told in a summary; more than these are counted.
 SUMMARISED = 3
+#: So few doubtful labels never refuse a candidate, whatever their share: a person looks at them.
+FEW_LABELS = 2
 
 _PROMOTE = "look at its predictions, then serve it with `mshub promote ID VERSION`"
 _RANGES: dict[str, tuple[float, float]] = {
@@ -41,6 +43,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "worst_structure": (-1, 1),
     "worst_case": (-1, 1),
     "first_mean_dice": (0, 1),
+    "doubtful_labels": (0, 1),
     "confidence": (0.5, 0.999),
     "resamples": (100, 100_000),
     "seed": (0, 2**32 - 1),
@@ -61,6 +64,9 @@ class GatePolicy:
         The mean Dice change of no structure, and of no case, may be below.
     first_mean_dice : float
         The lower bound of the mean Dice of a first version, which has nothing to be compared with, must reach this.
+    doubtful_labels : float
+        No larger share of the new labels may look wrong: good held-out cases improve even when some of the labels that
+        trained were bad.
     confidence : float
         Of the two-sided intervals whose lower bounds are meant: 0.95 leaves 2.5 % on each side.
     resamples, seed : int
@@ -74,6 +80,7 @@ class GatePolicy:
     worst_structure: float = -0.03
     worst_case: float = -0.10
     first_mean_dice: float = 0.70
+    doubtful_labels: float = 0.5
     confidence: float = 0.95
     resamples: int = 10_000
     seed: int = 0
@@ -198,7 +205,8 @@ def judge(
     baselines: Mapping[str, Sequence[CaseScore]],
     policy: GatePolicy,
     failures: Mapping[str, str] = {},
-    doubts: Sequence[str] = (),
+    doubts: Mapping[str, Sequence[str]] = {},
+    new_labels: int = 0,
 ) -> Verdict:
     """Decide whether a candidate may serve.
 
@@ -211,8 +219,11 @@ def judge(
     policy : GatePolicy
     failures : mapping of str to str
         Case -> what went wrong, for cases the candidate could not predict. They are compared no further.
-    doubts : sequence of str
-        Why the reviewed labels themselves should be looked at: with one, a person decides.
+    doubts : mapping of str to sequence of str
+        Case -> why its reviewed label should be looked at, for new labels only: with one, a person decides; too many
+        are a violated limit.
+    new_labels : int
+        Reviewed labels that no version which served has seen.
 
     Returns
     -------
@@ -233,10 +244,13 @@ def judge(
     level = _level(scores, policy) if scores and not baselines else None
     violations = [f"cannot predict {case}: {_clause(error)}" for case, error in failures.items()]
     violations += [reason for comparison in comparisons for reason in _violations(comparison, policy)]
+    looks = [f"look at the label of {case}: {doubt}" for case, odd in doubts.items() for doubt in odd]
+    if len(doubts) > max(FEW_LABELS, policy.doubtful_labels * new_labels):
+        violations += [_doubtful(len(doubts), new_labels, policy), *looks]
     if violations:
         return Verdict("refused", tuple(violations), comparisons, policy)
     findings = [_gain(comparison) for comparison in comparisons] + ([_reached(level, scores)] if level else [])
-    if open_questions := [*doubts, *_doubts(scores, level, policy)]:
+    if open_questions := [*looks, *_doubts(scores, level, policy)]:
         return Verdict("needs a person", (*open_questions, *findings), comparisons, policy)
     return Verdict("promoted", tuple(findings), comparisons, policy)
 
@@ -351,6 +365,13 @@ def _violations(found: Comparison, policy: GatePolicy) -> Iterator[str]:
             )
     for case, structures in found.lost.items():
         yield from (f"predicts no {structure} at all in {case}, where {name} does" for structure in structures)
+
+
+def _doubtful(doubtful: int, new_labels: int, policy: GatePolicy) -> str:
+    return (
+        f"{doubtful} of {_count(new_labels, 'new label')} look wrong, at most {100 * policy.doubtful_labels:g} % may: "
+        "correct them and train again"
+    )
 
 
 def _doubts(scores: Sequence[CaseScore], level: Change | None, policy: GatePolicy) -> Iterator[str]:

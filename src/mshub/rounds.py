@@ -7,26 +7,28 @@ candidate is written, the version that served goes on serving.
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mshub.atomic_file import replace_by_copy
+from mshub.atomic_file import replace_by_copy, replace_json
 from mshub.cases import ReviewedCase
 from mshub.catalogue import ModelCard, draft_card
 from mshub.dataset_json import read_labels
 from mshub.errors import MSHubError, TrainingError
-from mshub.evaluation import Evaluator
+from mshub.evaluation import Evaluator, as_served
 from mshub.gate import GatePolicy, Verdict, judge
 from mshub.holdout import HoldOut
 from mshub.install import version_record
-from mshub.jobs import Job, JobRequest
-from mshub.lineage import CANDIDATE, fitting_cases, original, rounds, used_digests
+from mshub.jobs import Job
+from mshub.lineage import CANDIDATE, fitting_cases, original, used_digests
 from mshub.nnunet.devices import resolve_device
 from mshub.nnunet.engine import check_weights
 from mshub.nnunet.folder import ModelFolder
@@ -35,17 +37,16 @@ from mshub.nnunet.planning import plan_model
 from mshub.nnunet.predictor import PROFILES, PredictOptions
 from mshub.nnunet.trainer import EpochReport, Fit, Stopped, train_fold
 from mshub.nnunet.training_set import TrainingSet, prepare
-from mshub.report.contents import Overlay, RoundReport, worst_cases
-from mshub.report.page import write_report
+from mshub.round_report import report_round
 from mshub.scores import CaseScore
 from mshub.store import ModelStore, ModelVersion
-from mshub.volume_io import read_volume
 
 logger = logging.getLogger(__name__)
 
+LOOKED_AT = 100
+"""So many new labels, at most, are compared with what the parent sees: enough to notice a habit."""
 GATE_FILE = "gate.toml"
 """The gate's thresholds, in `MSHUB_HOME`; without it, the defaults of `mshub.gate.GatePolicy`."""
-OVERLAYS = 3
 
 
 def run_round(store: ModelStore, job: Job) -> None:
@@ -66,7 +67,7 @@ def run_round(store: ModelStore, job: Job) -> None:
     try:
         _promote(store, job, done)
     finally:
-        _report(store, job, done)  # also what a person has to decide about
+        report_round(store, job, done)  # also what a person has to decide about
     verdict = done.record["lineage"]["verdict"]
     message = verdict["summary"].replace("ID VERSION", f"{done.model_id} {done.version}")  # the gate knows neither
     job.tell(version=done.version, outcome=verdict["outcome"], message=message)
@@ -92,6 +93,9 @@ class _Round:
     def run(self) -> ModelVersion:
         policy = GatePolicy.load(self._store.home / GATE_FILE)  # a mistake in it is told before hours of training
         training, held_out = self._split()
+        with self._stage("looking at the new labels"):
+            new = self._new_cases([*training, *held_out])
+            doubts = self._doubts(new)
         if self._parent is None:
             with self._stage("planning"):
                 self._model_path = self._planned(training)
@@ -104,7 +108,7 @@ class _Round:
         with self._stage("judging"):
             scores, failures = self._score(candidate, held_out)
             baselines = {name: found for name, found in scores.items() if name != CANDIDATE}
-            verdict = judge(scores[CANDIDATE], baselines, policy, failures, self._doubts([*training, *held_out]))
+            verdict = judge(scores[CANDIDATE], baselines, policy, failures, doubts, len(new))
         return self._publish(candidate, prepared, held_out, fits, scores, verdict)
 
     # -- what is continued --------------------------------------------------------------------------------------
@@ -129,7 +133,7 @@ class _Round:
 
     @property
     def _options(self) -> PredictOptions:
-        return _as_served(self._card, str(self._device))
+        return as_served(self._card, str(self._device))
 
     # -- the stages ---------------------------------------------------------------------------------------------
 
@@ -172,12 +176,46 @@ class _Round:
         dataset = self._request.dataset or {}
         return list(read_labels(dataset).predicted), len(dataset["channel_names"])
 
+    def _new_cases(self, cases: Sequence[ReviewedCase]) -> list[ReviewedCase]:
+        """Return the cases that no version that served has seen as they are now, of very many a sample."""
+        served = {step["to"] for step in self._store.history(self._request.model_id)}
+        versions = [one for one in self._store.versions(self._request.model_id) if one.version in served]
+        known: set[str] = set().union(*(used_digests(version) for version in versions))
+        new = [case for case in cases if case.digest not in known]
+        if len(new) <= LOOKED_AT:
+            return new
+        logger.info("looking at %d of %d new labels", LOOKED_AT, len(new))
+        return sorted(new, key=lambda case: (not case.facts.get("doubts"), case.digest))[:LOOKED_AT]
+
+    def _doubts(self, new: Sequence[ReviewedCase]) -> dict[str, list[str]]:
+        """Return what is odd about new labels: what was said when they came, and what the parent's eyes say now."""
+        kept = self._job.work / "doubts.json"
+        found: dict[str, list[str]] = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+        parent = Evaluator(self._model, replace(self._options, profile=PROFILES["fast"])) if self._parent else None
+        on_case = self._counting("looking at new label", len(new))
+        for number, case in enumerate(new):
+            if case.digest in found:
+                continue
+            on_case(number)
+            try:
+                seen = parent.doubts(case) if parent else []
+            except MSHubError:
+                seen = []  # the stage that needs the case says what is wrong with it
+            found[case.digest] = list(dict.fromkeys([*(case.facts.get("doubts") or ()), *seen]))
+            replace_json(kept, found)
+        for case in new:
+            for doubt in found[case.digest]:
+                logger.warning("look at the label of %s: %s", case.case_id, doubt)
+        return {case.case_id: found[case.digest] for case in new if found[case.digest]}
+
     def _planned(self, training: Sequence[ReviewedCase]) -> Path:
         target = self._job.work / "planned"
         if (target / "fold_0").is_dir():
             return target
         self._tell(stage="planning the network")
-        return plan_model(self._request.dataset or {}, training, self._job.work, self._request.recipe.seed)
+        request, known = self._request, self._store.catalogue()
+        input_clip = known.get(request.model_id).input_clip if request.model_id in known else None
+        return plan_model(request.dataset or {}, training, self._job.work, request.recipe.seed, input_clip)
 
     def _prepare(self, training: Sequence[ReviewedCase]) -> TrainingSet:
         before = Evaluator(self._model, self._options) if self._parent else None
@@ -186,11 +224,7 @@ class _Round:
             prediction = before.predict(case)  # type: ignore[union-attr]
             return prediction.labels.array_xyz, prediction.names
 
-        def on_case(done: int) -> None:
-            if self._is_stopped():
-                raise Stopped
-            self._tell(stage=f"preparing case {min(done + 1, len(training))} of {len(training)}")
-
+        on_case = self._counting("preparing case", len(training))
         folder = self._store.home / "preprocessed" / self._request.model_id
         on_case(0)
         known = predict if before else None
@@ -241,15 +275,19 @@ class _Round:
         """Score the candidate, the version that serves and the original on the hold-out."""
         scores: dict[str, list[CaseScore]] = {}
         for version in self._baselines():
-            options = _as_served(version.card, str(self._device))
+            options = as_served(version.card, str(self._device))
             evaluator = Evaluator(ModelFolder.open(version.model_path), options, self._kept_scores(version))
-            scores[version.version], broken = evaluator.score(held_out, self._judging(version.version, held_out))
+            scores[version.version], broken = evaluator.score(
+                held_out, self._counting(f"judging {version.version}: case", len(held_out))
+            )
             held_out = [case for case in held_out if case.case_id not in broken]  # judges nobody: not its fault
             self._left_out |= broken
         judges = {case.case_id for case in held_out}
         scores = {name: [score for score in found if score.case_id in judges] for name, found in scores.items()}
         evaluator = Evaluator(candidate, self._options, self._own_scores)
-        scores[CANDIDATE], failures = evaluator.score(held_out, self._judging("the candidate", held_out))
+        scores[CANDIDATE], failures = evaluator.score(
+            held_out, self._counting("judging the candidate: case", len(held_out))
+        )
         return scores, failures
 
     @property
@@ -259,29 +297,12 @@ class _Round:
     def _kept_scores(self, version: ModelVersion) -> Path:
         return self._store.home / "scores" / version.model_id / f"{version.version}.json"
 
-    def _doubts(self, cases: Sequence[ReviewedCase]) -> list[str]:
-        """Return what is odd about labels that no version that served has seen."""
-        versions = self._store.versions(self._request.model_id)
-        served = {step["to"] for step in self._store.history(self._request.model_id)}
-        known: set[str] = set().union(*(used_digests(one) for one in versions if one.version in served))
-        new = [case for case in cases if case.digest not in known]
-        doubts = [(case.case_id, doubt) for case in new for doubt in case.facts.get("doubts") or ()]
-        return [f"look at the label of {case}: {doubt}" for case, doubt in doubts]
-
     def _baselines(self) -> list[ModelVersion]:
         if self._parent is None:
             return []
         serving = self._store.current(self._request.model_id)
         first = original(self._store, serving)
         return [serving] if first.version == serving.version else [serving, first]
-
-    def _judging(self, who: str, held_out: Sequence[ReviewedCase]) -> Callable[[int], None]:
-        def on_case(number: int) -> None:
-            if self._is_stopped():
-                raise Stopped
-            self._tell(stage=f"judging {who}: case {number + 1} of {len(held_out)}")
-
-        return on_case
 
     # -- what comes of it ---------------------------------------------------------------------------------------
 
@@ -336,6 +357,16 @@ class _Round:
     def _tell(self, **facts: Any) -> None:
         self._job.tell(**facts)
 
+    def _counting(self, what: str, total: int) -> Callable[[int], None]:
+        """Return what is to be called with the number of cases before each one."""
+
+        def on_case(before: int) -> None:
+            if self._is_stopped():
+                raise Stopped
+            self._tell(stage=f"{what} {min(before + 1, total)} of {total}")
+
+        return on_case
+
     @contextmanager
     def _stage(self, name: str) -> Any:
         if self._is_stopped():
@@ -343,11 +374,6 @@ class _Round:
         started = time.monotonic()
         yield
         self._seconds[name] = time.monotonic() - started
-
-
-def _as_served(card: ModelCard, device: str) -> PredictOptions:
-    """Return the options by which the server predicts by default."""
-    return PredictOptions(PROFILES["accurate"], device=device, input_clip=card.input_clip)
 
 
 def _case_facts(case: ReviewedCase) -> dict[str, Any]:
@@ -368,91 +394,3 @@ def _promote(store: ModelStore, job: Job, version: ModelVersion) -> None:
             f"It is kept; a person decides: `mshub promote {version.model_id} {version.version}`."
         )
     store.promote(version.model_id, version.version, f"gate: {lineage['verdict']['summary']}")
-
-
-# -- the report -------------------------------------------------------------------------------------------------------
-
-
-def _report(store: ModelStore, job: Job, version: ModelVersion) -> None:
-    """Write the round's report; a report that cannot be drawn must not undo a round that is done."""
-    path = store.home / "reports" / version.model_id / f"{version.version}.html"
-    try:
-        job.tell(stage="writing the report")
-        write_report(path, _round_report(store, job.request, version))
-        job.tell(report=str(path.relative_to(store.home)))
-    except Exception:
-        logger.exception("the report could not be written")
-
-
-def _round_report(store: ModelStore, request: JobRequest, version: ModelVersion) -> RoundReport:
-    lineage = version.record["lineage"]
-    scores = {
-        version.version if name == CANDIDATE else name: [CaseScore.from_dict(score) for score in stored]
-        for name, stored in lineage["scores"].items()
-    }
-    history = [row for row in rounds(store, version.model_id) if int(row["version"][1:]) <= version.number]
-    left_out = [f"{case} was left out: {reason}" for case, reason in lineage["left_out"].items()]
-    return RoundReport(
-        model_id=version.model_id,
-        title=version.card.title,
-        version=version.version,
-        parent=version.record["parent"],
-        original=lineage["original"],
-        created=version.record["created"],
-        verdict=lineage["verdict"],
-        recipe={**lineage["recipe"], "device": lineage["device"], "trained with": lineage["trained_with"]},
-        lineage=history,
-        training_cases=[_training_row(case) for case in lineage["cases"]],
-        held_out_cases=[case["case"] for case in lineage["held_out"]],
-        scores=scores,
-        losses=lineage["losses"],
-        overlays=_overlays(store, request, version, scores),
-        seconds=lineage["seconds"],
-        notes=left_out,
-    )
-
-
-def _training_row(case: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "case": case["case"],
-        "structures": case["reviewed"],
-        "started_from": case.get("started_from"),
-        "submitted": case.get("submitted"),
-        "client": case.get("client_id"),
-    }
-
-
-def _overlays(
-    store: ModelStore, request: JobRequest, version: ModelVersion, scores: dict[str, list[CaseScore]]
-) -> list[Overlay]:
-    """Return the worst held-out cases, predicted again by the candidate and by its parent."""
-    parent = version.record["parent"]
-    after = {score.case_id: score for score in scores[version.version]}
-    before = {score.case_id: score for score in scores.get(parent or "", [])}
-    worst = worst_cases(after.values(), before.values(), OVERLAYS)
-    cases = {case.case_id: case for case in request.cases}
-    versions = [version, *([store.version(version.model_id, parent)] if parent else [])]
-    evaluators = [Evaluator(ModelFolder.open(one.model_path), _as_served(one.card, request.device)) for one in versions]
-    found = []
-    for case_id in worst:
-        case = cases[case_id]
-        predictions = [evaluator.predict(case) for evaluator in evaluators]
-        names = {name: value for name, value in predictions[0].names.items() if name in case.reviewed}
-        label = read_volume(case.label, allow_constant=True).array_xyz
-        reviewed = label * 0
-        for name, value in names.items():
-            if name in case.values:
-                reviewed[label == case.values[name]] = value
-        found.append(
-            Overlay(
-                case_id=case_id,
-                image=read_volume(case.images[0]),
-                names=names,
-                reviewed=reviewed,
-                after=predictions[0].labels.array_xyz,
-                before=predictions[1].labels.array_xyz if parent else None,
-                dice_after=after[case_id].mean,
-                dice_before=before[case_id].mean if case_id in before else None,
-            )
-        )
-    return found

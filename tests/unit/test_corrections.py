@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from mshub.corrections import read_correction, swapped_names
+from mshub.corrections import read_correction
 from mshub.errors import CaseError, GeometryError, LabelError
 from mshub.geometry import Grid
 
@@ -115,29 +115,3 @@ def test_what_is_no_image_is_refused(tmp_path: Path, content: bytes) -> None:
     path.write_bytes(content)
     with pytest.raises(CaseError):
         read_correction(path, scene(liver=1), IMAGE, KNOWN)
-
-
-def two_boxes(first: int, second: int) -> np.ndarray:
-    array = np.zeros((12, 9, 7), np.uint8)
-    array[1:5, 1:8, 1:6], array[7:11, 2:7, 1:6] = first, second
-    return array
-
-
-def test_two_structures_each_where_the_model_saw_the_other_look_exchanged() -> None:
-    found = swapped_names(two_boxes(4, 9), {"spleen": 4, "liver": 9}, two_boxes(1, 2), {"liver": 1, "spleen": 2})
-    assert found == [("liver", "spleen")]
-
-
-def test_a_correction_in_another_numbering_does_not_look_exchanged() -> None:
-    assert swapped_names(two_boxes(9, 4), {"spleen": 4, "liver": 9}, two_boxes(1, 2), {"liver": 1, "spleen": 2}) == []
-
-
-def test_one_structure_painted_over_another_is_a_correction() -> None:
-    reviewed = two_boxes(2, 2)  # the model called part of the spleen liver
-    assert swapped_names(reviewed, {"liver": 1, "spleen": 2}, two_boxes(1, 2), {"liver": 1, "spleen": 2}) == []
-
-
-def test_structures_the_model_missed_are_no_doubt() -> None:
-    empty = np.zeros((12, 9, 7), np.uint8)
-    assert swapped_names(two_boxes(1, 2), {"liver": 1, "spleen": 2}, empty, {"liver": 1, "spleen": 2}) == []
-    assert swapped_names(empty, {"liver": 1, "spleen": 2}, two_boxes(1, 2), {"liver": 1, "spleen": 2}) == []

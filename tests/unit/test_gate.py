@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -444,6 +445,40 @@ def test_a_policy_of_one_case_asks_for_two_patients_still() -> None:
     policy = GatePolicy(min_cases=1, resamples=2000)
     assert judge(hold_out(0.9), {"v1": hold_out(0.8)}, policy).outcome == "needs a person"
     assert judge(hold_out(0.9, 0.9), {"v1": hold_out(0.8, 0.8)}, policy).outcome == "promoted"
+
+
+# -- the labels themselves ------------------------------------------------------------------------------------------
+
+
+def doubts_about(labels: int) -> dict[str, list[str]]:
+    return {f"n{number}": ["liver and spleen look exchanged"] for number in range(labels)}
+
+
+@pytest.mark.parametrize(
+    ("doubtful", "new", "outcome"),
+    [(0, 12, "promoted"), (1, 12, "needs a person"), (6, 12, "needs a person"), (7, 12, "refused"), (3, 3, "refused"),
+     (2, 2, "needs a person"), (1, 1, "needs a person")],
+)  # fmt: skip
+def test_new_labels_that_look_wrong_leave_it_to_a_person_or_refuse(doubtful: int, new: int, outcome: str) -> None:
+    scores, baselines = hold_out(*[0.85] * 10), {"v1": hold_out(*[0.8] * 10)}
+    verdict = judge(scores, baselines, POLICY, doubts=doubts_about(doubtful), new_labels=new)
+    assert verdict.outcome == outcome
+    told = [f"look at the label of n{number}: liver and spleen look exchanged" for number in range(doubtful)]
+    if outcome == "refused":
+        told = [f"{doubtful} of {new} new labels look wrong, at most 50 % may: correct them and train again", *told]
+        assert verdict.reasons == tuple(told)
+    else:
+        assert verdict.reasons[:-1] == tuple(told)
+        assert verdict.reasons[-1].startswith("mean Dice +0.050")
+
+
+def test_how_many_new_labels_may_look_wrong_is_the_policys() -> None:
+    scores, baselines = hold_out(*[0.85] * 10), {"v1": hold_out(*[0.8] * 10)}
+    outcomes = [
+        judge(scores, baselines, replace(POLICY, doubtful_labels=share), doubts=doubts_about(5), new_labels=10).outcome
+        for share in (0.49, 0.5, 1.0)
+    ]
+    assert outcomes == ["refused", "needs a person", "needs a person"]
 
 
 # -- the first version --------------------------------------------------------------------------------------------

@@ -19,12 +19,12 @@ LIBRARY_LAYERS = (
     *("errors", "atomic_file", "label_rules", "dataset_json", "labels", "model_card", "card_draft", "catalogue"),
     *("checksums", "sources", "archive", "downloads", "http_file", "drive", "fetch", "store"),
     *("image_limits", "geometry", "image_file", "nifti", "itk_files", "dicom_series", "volume_io", "corrections"),
-    *("cases", "case_folders", "training_labels", "scores", "recipe", "gate", "holdout", "jobs", "lineage"),
+    *("cases", "case_folders", "training_labels", "doubts", "scores", "recipe", "gate", "holdout", "jobs", "lineage"),
     *("report.contents", "report.words", "report.comparisons", "report.curves", "report.canvas", "report.slices"),
     "report.page",
     *("nnunet.folder", "nnunet.devices", "nnunet.engine", "nnunet.network_cache", "nnunet.reading"),
     *("nnunet.predictor", "nnunet.model_writing", "nnunet.planning", "nnunet.training_set", "nnunet.trainer"),
-    *("evaluation", "bundled", "install", "rounds", "worker", "serve", "console", "cli", "__main__"),
+    *("evaluation", "bundled", "install", "round_report", "rounds", "worker", "serve", "console", "cli", "__main__"),
 )
 APP_LAYERS = (
     *("lib.faults", "lib.conf", "lib.activity", "lib.digests", "lib.reviews", "lib.datastore", "lib.pacs"),

@@ -242,6 +242,15 @@ def test_nnunets_raw_dataset_has_the_models_integers_on_the_images_grids(raw: Pa
     np.testing.assert_array_equal(label, np.select([drawn == 9, drawn == 1], [1, 2], 0))
 
 
+def test_nnunet_looks_at_intensities_as_the_model_will_see_them(raw: Path, tmp_path: Path) -> None:
+    case = make_case(tmp_path, "case")
+    original = array_of(case.images[0])
+    low, high = (float(value) for value in np.percentile(original, (10, 90)))
+    plan_model(DATASET, [case], tmp_path / "work", seed=0, input_clip=(low, high))
+    (image,) = (raw / "imagesTr").iterdir()
+    np.testing.assert_allclose(array_of(image), np.clip(original, low, high), rtol=1e-6)
+
+
 def _copying(raw: Path, plans: dict[str, Any]) -> Callable[[int], dict[str, Any]]:
     def plan(_: int) -> dict[str, Any]:
         shutil.copytree(raw_dataset(), raw)

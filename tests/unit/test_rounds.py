@@ -24,11 +24,12 @@ from mshub.lineage import new_cases, rounds
 from mshub.nnunet import planning
 from mshub.nnunet.folder import ModelFolder
 from mshub.nnunet.network_cache import NetworkCache
-from mshub.nnunet.predictor import NNUNetPredictor, PredictOptions
+from mshub.nnunet.predictor import PROFILES, NNUNetPredictor, PredictOptions
 from mshub.nnunet.trainer import Stopped
 from mshub.recipe import FROM_SCRATCH, Recipe
 from mshub.rounds import run_round
 from mshub.store import ModelStore, ModelVersion
+from mshub.volume_io import write_nifti
 from reviewed import VARIABLES, array_of, make_case
 
 RECIPE = Recipe(epochs=2, iterations=2, optimiser="sgd", learning_rate=1e-4, guard="none")
@@ -80,7 +81,7 @@ def tiny(store: ModelStore, folder: Path) -> ModelStore:
 @pytest.fixture
 def without_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw no pictures: most tests look at none."""
-    monkeypatch.setattr(rounds_module, "_report", lambda *_: None)
+    monkeypatch.setattr(rounds_module, "report_round", lambda *_: None)
 
 
 def policy(store: ModelStore, text: str) -> None:
@@ -118,13 +119,18 @@ def never(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
 
 def predictions(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """Collect (version or ``candidate``, case) of every case that is predicted from now on."""
+    """Collect (version or ``candidate``, case) of every case that is predicted from now on.
+
+    Where a version only looks at a new label, it is called ``v1's glance``.
+    """
     asked: list[tuple[str, str]] = []
     original = Evaluator.predict
 
     def spy(self: Evaluator, case: ReviewedCase) -> Any:
         path = self._folder.path
-        asked.append((path.parent.name if path.name == "model" else path.name, case.case_id))
+        who = path.parent.name if path.name == "model" else path.name
+        glance = "'s glance" if self._options.profile == PROFILES["fast"] else ""
+        asked.append((who + glance, case.case_id))
         return original(self, case)
 
     monkeypatch.setattr(Evaluator, "predict", spy)
@@ -183,7 +189,7 @@ def test_the_version_says_where_it_comes_from(promoted: tuple[ModelStore, Job], 
     assert lineage["left_out"] == {}
     assert lineage["verdict"]["outcome"] == "promoted"
     assert lineage["verdict"]["policy"]["min_cases"] == 1
-    assert lineage["seconds"].keys() == {"preparing", "training", "judging"}
+    assert lineage["seconds"].keys() == {"looking at the new labels", "preparing", "training", "judging"}
     assert {version["baseline"] for version in lineage["verdict"]["comparisons"]} == {"v1"}
 
 
@@ -304,6 +310,48 @@ def test_a_doubtful_label_needs_a_person(tiny: ModelStore, few: list[ReviewedCas
     assert f"look at the label of {few[-1].case_id}: the liver has ten times" in verdict["reasons"][0]
 
 
+def as_the_model_sees(model: ModelFolder, case: ReviewedCase, folder: Path, change: dict[int, int]) -> ReviewedCase:
+    """Give a case the model's own prediction for a label, with values exchanged."""
+    found = NNUNetPredictor(model, NetworkCache()).predict(case.images, PredictOptions(device="cpu")).labels
+    changed = np.zeros_like(found.array_xyz)
+    for old, new in change.items():
+        changed[found.array_xyz == old] = new
+    path = folder / f"{case.case_id}.nii.gz"
+    write_nifti(path, changed, found.grid)
+    return replace(case, label=path, values={"liver": 1, "spleen": 2}, facts={})
+
+
+@pytest.mark.usefixtures("without_report")
+@pytest.mark.parametrize(
+    ("change", "odd", "outcome", "reason"),
+    [
+        pytest.param({1: 2, 2: 1}, 3, "refused", "liver and spleen look exchanged", id="exchanged"),
+        pytest.param({}, 3, "refused", "nothing is left of what the model saw", id="emptied"),
+        pytest.param({1: 2, 2: 1}, 1, "needs a person", "liver and spleen look exchanged", id="one exchanged"),
+        pytest.param({1: 1, 2: 2}, 3, "promoted", "mean Dice ", id="unchanged"),
+    ],
+)
+def test_new_labels_that_look_wrong_to_the_parent_never_make_a_version_that_serves(
+    tiny: ModelStore,
+    few: list[ReviewedCase],
+    tmp_path: Path,
+    change: dict[int, int],
+    odd: int,
+    outcome: str,
+    reason: str,
+) -> None:
+    policy(tiny, LENIENT)
+    model = ModelFolder.open(tiny.version("tiny", "v1").model_path)
+    changes = [change] * odd + [{1: 1, 2: 2}] * (5 - odd)
+    cases = [as_the_model_sees(model, case, tmp_path, each) for case, each in zip(few, changes, strict=True)]
+    verdict = round_of(tiny, cases, replace(RECIPE, learning_rate=1e-9)).record["lineage"]["verdict"]
+    assert (verdict["outcome"], tiny.current("tiny").version) == (outcome, "v2" if outcome == "promoted" else "v1")
+    assert reason in verdict["summary"]
+    assert sum(text.startswith("look at the label of ") for text in verdict["reasons"]) == (
+        0 if outcome == "promoted" else odd
+    )
+
+
 @pytest.mark.usefixtures("without_report")
 def test_a_candidate_that_cannot_predict_a_case_is_refused(
     tiny: ModelStore, few: list[ReviewedCase], monkeypatch: pytest.MonkeyPatch
@@ -357,16 +405,22 @@ def test_a_version_predicts_a_held_out_case_once_and_its_label_again_only_when_i
     chosen = [case for case in lab if case.case_id in ("case0", "case2", "case3", "case8")]
     asked = predictions(monkeypatch)
     round_of(tiny, chosen)
-    assert asked == [("v1", "case3"), ("v1", "case8"), ("candidate", "case3"), ("candidate", "case8")]
+    judged = [("v1", "case3"), ("v1", "case8"), ("candidate", "case3"), ("candidate", "case8")]
+    assert asked == [*(("v1's glance", f"case{number}") for number in (0, 2, 3, 8)), *judged]
     asked.clear()
     more = [replace(case) for case in lab if case in chosen or case.case_id == "case9"]
     found = round_of(tiny, more, parent="v2").record["lineage"]["scores"]
-    assert asked == [("v2", "case9"), ("v1", "case9"), *(("candidate", f"case{number}") for number in (3, 8, 9))]
+    assert asked == [
+        ("v2's glance", "case9"),
+        ("v2", "case9"),
+        ("v1", "case9"),
+        *(("candidate", f"case{number}") for number in (3, 8, 9)),
+    ]
     assert [names(found[name]) for name in ("v2", "v1")] == [["case3", "case8", "case9"]] * 2
     asked.clear()
     changed = [replace(case, reviewed=("liver",)) if case.case_id == "case8" else replace(case) for case in more]
     round_of(tiny, changed, parent="v3")
-    assert asked[:2] == [("v3", "case8"), ("v1", "case8")]
+    assert asked[:3] == [("v3's glance", "case8"), ("v3", "case8"), ("v1", "case8")]
 
 
 @pytest.mark.usefixtures("without_report")
@@ -520,12 +574,12 @@ def test_a_job_killed_after_its_promotion_does_not_promote_again(
 ) -> None:
     """A person may have rolled it back meanwhile."""
     job = job_for(tiny, few)
-    killing(monkeypatch, rounds_module, "_report")
+    killing(monkeypatch, rounds_module, "report_round")
     with pytest.raises(KeyboardInterrupt):
         run_round(tiny, job)
     assert tiny.current("tiny").version == "v2"
     tiny.rollback("tiny")
-    monkeypatch.setattr(rounds_module, "_report", lambda *_: None)
+    monkeypatch.setattr(rounds_module, "report_round", lambda *_: None)
     run_round(tiny, job)
     assert tiny.current("tiny").version == "v1"
     assert len(tiny.history("tiny")) == 3
@@ -545,7 +599,7 @@ def test_a_version_promoted_meanwhile_goes_on_serving(
 
     job = job_for(tiny, few)
     monkeypatch.setattr(ModelStore, "publish", meanwhile)
-    monkeypatch.setattr(rounds_module, "_report", lambda _store, _job, version: reported.append(version.version))
+    monkeypatch.setattr(rounds_module, "report_round", lambda _store, _job, version: reported.append(version.version))
     for _ in range(2):  # and so it is when the job is started again
         with pytest.raises(TrainingError, match=r"v3 passed the gate, but v2 was promoted meanwhile.*promote tiny v3`"):
             run_round(tiny, job)
@@ -569,10 +623,10 @@ def test_a_version_promoted_before_the_judging_is_what_the_candidate_is_compared
 def test_a_stopped_job_goes_on_where_it_was(
     tiny: ModelStore, few: list[ReviewedCase], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped while it prepares, trains and judges, it does nothing twice and ends as if nobody had stopped it."""
+    """Stopped in each of its stages, it does nothing twice and ends as if nobody had stopped it."""
     job, asked = job_for(tiny, few), predictions(monkeypatch)
     stages: list[str] = []
-    stops = ["preparing case 1 of 2", "epoch 1", "judging the candidate: case 2 of 3"]
+    stops = ["looking at new label 4 of 5", "preparing case 1 of 2", "epoch 1", "judging the candidate: case 2 of 3"]
     tell = Job.tell
 
     def stopping(self: Job, **facts: Any) -> None:
@@ -583,7 +637,7 @@ def test_a_stopped_job_goes_on_where_it_was(
             self.ask_to_stop()
 
     monkeypatch.setattr(Job, "tell", stopping)
-    for prepared in (1, 2, 2):
+    for prepared in (0, 1, 2, 2):
         with pytest.raises(Stopped):
             run_round(tiny, job)
         assert len(list((tiny.home / "preprocessed" / "tiny").glob("*.json"))) == prepared
@@ -592,7 +646,7 @@ def test_a_stopped_job_goes_on_where_it_was(
     run_round(tiny, job)
     assert stops == []
     assert [stage for stage in stages if stage in ("epoch 1", "epoch 2")] == ["epoch 1", "epoch 2"]
-    assert len(asked) == len(set(asked)) == 6, "no case was predicted twice"
+    assert len(asked) == len(set(asked)) == 11, "no case was predicted twice"
     assert tiny.current("tiny").version == "v2"
 
 
@@ -632,7 +686,7 @@ def test_a_model_trained_from_scratch_waits_for_a_person(
     assert version.record["origin"] == {"how": "trained here", "from": "2 reviewed cases"}
     assert lineage["verdict"]["outcome"] == "needs a person"
     assert lineage["scores"].keys() == {"candidate"}
-    assert lineage["seconds"].keys() == {"planning", "preparing", "training", "judging"}
+    assert lineage["seconds"].keys() == {"looking at the new labels", "planning", "preparing", "training", "judging"}
     assert planned == [2], "cases that judge are not planned on"
     assert "tiny" not in store.installed()
     assert store.catalogue().get("tiny").title == "Abdomen"

@@ -22,7 +22,8 @@ from lib.reviews import reviewed_case
 from mshub.atomic_file import replace_by_copy, replace_json
 from mshub.case_folders import PATIENTS, read_patients
 from mshub.cases import ReviewedCase
-from mshub.corrections import Correction, read_correction, swapped_names
+from mshub.corrections import Correction, read_correction
+from mshub.doubts import label_doubts
 from mshub.errors import MSHubError
 from mshub.store import utc_now
 from mshub.volume_io import read_grid, read_volume
@@ -179,10 +180,7 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
         submitted = correction.labels.array_xyz
         if predicted.shape != submitted.shape:
             return []
-        if predicted.any() and not submitted.any():
-            return ["nothing is left of what the model saw"]
-        pairs = swapped_names(submitted, correction.values, predicted, names)
-        return [f"{one} and {other} look exchanged: each lies where the model saw the other" for one, other in pairs]
+        return label_doubts(correction.values, submitted, correction.values, predicted, names)
 
     def save_prediction(self, image_id: str, path: Path, label_tag: str, label_info: dict[str, Any]) -> str:
         """Store a label a model made: a pre-label, whose names and numbers are the model's own."""

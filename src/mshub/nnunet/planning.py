@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
@@ -36,7 +37,13 @@ NAME = "Dataset001_MSHub"
 _SIDED = re.compile(r"left|right|(^|[^a-z])[lr]([^a-z]|$)", re.IGNORECASE)
 
 
-def plan_model(dataset: dict[str, Any], cases: Sequence[ReviewedCase], work: Path, seed: int) -> Path:
+def plan_model(
+    dataset: dict[str, Any],
+    cases: Sequence[ReviewedCase],
+    work: Path,
+    seed: int,
+    input_clip: tuple[float, float] | None = None,
+) -> Path:
     """Let nnU-Net look at the cases and plan a network; returns a model folder with random weights.
 
     Parameters
@@ -49,6 +56,8 @@ def plan_model(dataset: dict[str, Any], cases: Sequence[ReviewedCase], work: Pat
         For nnU-Net's own folders.
     seed : int
         Of the weights.
+    input_clip : (float, float), optional
+        Intensities are truncated to this range before nnU-Net sees them, as the model's card says.
 
     Raises
     ------
@@ -62,7 +71,7 @@ def plan_model(dataset: dict[str, Any], cases: Sequence[ReviewedCase], work: Pat
             f"None of the {len(cases)} cases has all structures reviewed ({', '.join(structures)}), so nothing says "
             "what background is. Review all of them in at least one case."
         )
-    written = _write_raw_dataset(dataset, whole, work / "raw" / NAME)
+    written = _write_raw_dataset(dataset, whole, work / "raw" / NAME, input_clip)
     folders = {"nnUNet_raw": "raw", "nnUNet_preprocessed": "preprocessed", "nnUNet_results": "results"}
     with _environment({variable: str(work / folder) for variable, folder in folders.items()}, nnUNet_n_proc_DA="1"):
         plans = _plan(written)
@@ -106,7 +115,9 @@ def _plan(cases: int) -> dict[str, Any]:
     return plans
 
 
-def _write_raw_dataset(dataset: dict[str, Any], cases: Sequence[ReviewedCase], raw: Path) -> int:
+def _write_raw_dataset(
+    dataset: dict[str, Any], cases: Sequence[ReviewedCase], raw: Path, input_clip: tuple[float, float] | None
+) -> int:
     """Write nnU-Net's raw dataset; returns how many of the cases are in it: not those that cannot be read."""
     shutil.rmtree(raw, ignore_errors=True)
     for name in ("imagesTr", "labelsTr"):
@@ -114,7 +125,7 @@ def _write_raw_dataset(dataset: dict[str, Any], cases: Sequence[ReviewedCase], r
     refusals = []
     for number, case in enumerate(cases):
         try:
-            _write_raw_case(dataset, case, raw, f"case{number:05d}")
+            _write_raw_case(dataset, case, raw, f"case{number:05d}", input_clip)
         except MSHubError as error:  # the training leaves it out too, and says so
             logger.warning("%s is not planned with: %s", case.case_id, error)
             refusals.append(f"{case.case_id}: {error}")
@@ -126,7 +137,9 @@ def _write_raw_dataset(dataset: dict[str, Any], cases: Sequence[ReviewedCase], r
     return written
 
 
-def _write_raw_case(dataset: dict[str, Any], case: ReviewedCase, raw: Path, name: str) -> None:
+def _write_raw_case(
+    dataset: dict[str, Any], case: ReviewedCase, raw: Path, name: str, input_clip: tuple[float, float] | None
+) -> None:
     """Write one case: any readable format becomes NIfTI, labels become the integers of `dataset`."""
     trained = training_dataset(dataset)
     targets, ignore = read_labels(trained).predicted, trained["labels"][IGNORE]
@@ -134,7 +147,8 @@ def _write_raw_case(dataset: dict[str, Any], case: ReviewedCase, raw: Path, name
     label = read_reviewed_label(case, volumes[0].grid)
     array = training_labels(label, case.values, case.reviewed, targets, ignore)
     for channel, volume in enumerate(volumes):
-        write_nifti(raw / "imagesTr" / f"{name}_{channel:04d}{ENDING}", volume.array_xyz, volume.grid)
+        array_xyz = volume.array_xyz if input_clip is None else np.clip(volume.array_xyz, *input_clip)
+        write_nifti(raw / "imagesTr" / f"{name}_{channel:04d}{ENDING}", array_xyz, volume.grid)
     write_nifti(raw / "labelsTr" / f"{name}{ENDING}", array, volumes[0].grid)
 
 
