@@ -1,9 +1,10 @@
-"""Which recipe learns most in a hundred steps: one fine-tuning per recipe, on real images.
+"""Which recipe learns most in a round's few steps: one fine-tuning per recipe, on real images.
 
-    python bench/train_hippocampus.py --cases 5 --iterations 400 --out bench/out/hippocampus-5
-    python bench/recipes.py --data DIR --model bench/out/hippocampus-5
+    python bench/learning_curve.py --data DIR --ours-only     # trains the base model, among other things
+    python bench/recipes.py --data DIR
 
-Fine-tunes on 12 cases the model has not seen and scores on 30 others, without mirroring.
+Fine-tunes on those of the first 20 corrected cases that a loop would train on, and scores on the last 22 of the pool,
+without mirroring. None of the cases that bench/learning_curve.py judges by is used.
 """
 
 from __future__ import annotations
@@ -17,45 +18,51 @@ from typing import Any
 import torch
 
 from forgetting import dice, fine_tuned
-from learning_curve import reviewed_case
+from learning_curve import reviewed_case, split_cases
+from mshub.cases import ReviewedCase
+from mshub.holdout import HoldOut
 from mshub.nnunet.folder import ModelFolder
 from mshub.nnunet.training_set import prepare
 from mshub.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPES: dict[str, dict[str, Any]] = {
-    "SGD 1e-3": {"optimiser": "sgd", "learning_rate": 1e-3},
-    "SGD 5e-3": {"optimiser": "sgd", "learning_rate": 5e-3},
-    "AdamW 5e-4": {"learning_rate": 5e-4},
-    "AdamW 1e-3": {"learning_rate": 1e-3},
-    "AdamW 1e-3, distil": {"learning_rate": 1e-3, "guard": "distil"},
-    "AdamW 1e-3, averaged over 0.3": {"learning_rate": 1e-3, "averaging": 0.3},
-    "AdamW 2e-3": {"learning_rate": 2e-3},
-}
-TRAIN, TEST = slice(5, 17), slice(110, 140)
+RECIPES: tuple[dict[str, Any], ...] = (
+    {"guard": "none", "optimiser": "sgd", "learning_rate": 1e-2},
+    {"guard": "none", "learning_rate": 1e-3},
+    {"guard": "none", "learning_rate": 2e-3},
+    {"guard": "none", "learning_rate": 3e-3},
+    {"guard": "distil", "learning_rate": 2e-3},
+    {"guard": "interpolate", "learning_rate": 2e-3},
+    {"guard": "interpolate", "learning_rate": 3e-3},
+    {"guard": "both", "learning_rate": 1e-3},
+    {"guard": "both", "learning_rate": 2e-3},
+    {"guard": "both", "learning_rate": 3e-3},
+)
 
 
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description="Compare fine-tuning recipes.")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data" / "hippocampus")
-    parser.add_argument("--model", type=Path, default=ROOT / "bench" / "out" / "hippocampus-5")
+    parser.add_argument("--model", type=Path, default=ROOT / "bench" / "out" / "learning-curve" / "base-0")
+    parser.add_argument("--base-cases", type=int, default=5, help="how many cases the model was trained on")
+    parser.add_argument("--recipes", type=json.loads, default=RECIPES, help="JSON list of recipe options")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    known = set(json.loads((arguments.model / "cases.json").read_text(encoding="utf-8"))["training"])
-    names = sorted(path.name.removesuffix(".nii.gz") for path in (arguments.data / "labelsTr").glob("*.nii.gz"))
-    if known & set(names[TRAIN] + names[TEST]):
-        raise ValueError("the model has seen cases that are to be trained on or tested: train it on the first 5")
+    pool: list[ReviewedCase] = [
+        reviewed_case(arguments.data, name) for name in split_cases(arguments.data, 0, arguments.base_cases, 50)["pool"]
+    ]
     model = ModelFolder.open(arguments.model)
-    training, tested = ([reviewed_case(arguments.data, name) for name in names[part]] for part in (TRAIN, TEST))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
+        training, _ = HoldOut(folder / "holdout.json").split(pool[:20])
+        tested = pool[28:]
         prepared = prepare(model, training, folder / "preprocessed", None, lambda _: None)
-        print(f"| recipe | Dice |\n|---|---|\n| (before) | {dice(model, tested):.4f} |", flush=True)
-        for number, (name, options) in enumerate(RECIPES.items()):
-            recipe = Recipe.from_options({"epochs": 4, "iterations": 25, "guard": "none", **options})
+        print(f"| recipe | Dice on {len(tested)} |\n|---|---|\n| (before) | {dice(model, tested):.4f} |", flush=True)
+        for number, options in enumerate(arguments.recipes):
+            recipe = Recipe.from_options({"epochs": 3, "iterations": 25, **options})
             after = fine_tuned(model, prepared, recipe, folder / str(number))
-            print(f"| {name} | {dice(after, tested):.4f} |", flush=True)
+            print(f"| {json.dumps(options)} | {dice(after, tested):.4f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """How a fine-tuning runs: one frozen set of numbers, kept with every version it made.
 
-The defaults follow what nnU-Net's maintainers and the literature advise for continued training (a tenth of the learning
-rate of a training from scratch, warm-up, polynomial decay, averaged weights), with AdamW instead of nnU-Net's SGD: it
-learned more in the few hundred steps a fine-tuning has. docs/learning.md has the measurements.
+The defaults follow what nnU-Net's maintainers and the literature advise for continued training: a learning rate far
+below that of a training from scratch, warm-up, polynomial decay, averaged weights, a mix with the parent's. AdamW takes
+the place of nnU-Net's SGD: it learned more in the few hundred steps a fine-tuning has. docs/learning.md has what was
+measured.
 """
 
 from __future__ import annotations

@@ -387,10 +387,5 @@ def _promote(store: ModelStore, job: Job, version: ModelVersion) -> None:
         step["to"] == version.version for step in store.history(version.model_id)
     ):
         return
-    serving = store.current(version.model_id).version if version.model_id in store.installed() else None
-    if serving is not None and serving not in lineage["scores"]:
-        raise TrainingError(
-            f"{version.version} passed the gate, but {serving} was promoted meanwhile, which it was not compared with. "
-            f"It is kept; a person decides: `mshub promote {version.model_id} {version.version}`."
-        )
-    store.promote(version.model_id, version.version, f"gate: {lineage['verdict']['summary']}")
+    reason = f"gate: {lineage['verdict']['summary']}"
+    store.promote(version.model_id, version.version, reason, instead_of=lineage["scores"].keys())

@@ -21,7 +21,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -205,16 +205,32 @@ class ModelStore:
         """Take the card of a lab's own model into the catalogue of this store."""
         replace_text(writable_folder(self._cards) / f"{card.id}.toml", dump_card(card))
 
-    def promote(self, model_id: str, version: str, reason: str) -> ModelVersion:
+    def promote(
+        self, model_id: str, version: str, reason: str, instead_of: Collection[str] | None = None
+    ) -> ModelVersion:
         """Make `version` the current one; predictions that are running finish with the one they started with.
+
+        Parameters
+        ----------
+        model_id, version, reason : str
+        instead_of : collection of str, optional
+            The versions it was compared with; None takes the place of any.
 
         Raises
         ------
         ModelNotAvailable
             There is no such version.
+        StoreError
+            Another version serves than those of `instead_of`.
         """
         chosen = self.version(model_id, version)
         with self._locked(model_id) as folder:
+            serving = self._current_name(folder)
+            if instead_of is not None and serving and serving not in instead_of:
+                raise StoreError(
+                    f"{version} passed the gate, but {serving} was promoted meanwhile, which it was not compared with. "
+                    f"It is kept; a person decides: `mshub promote {model_id} {version}`."
+                )
             self._set_current(folder, chosen.version, reason)
         return chosen
 

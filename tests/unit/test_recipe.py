@@ -21,7 +21,7 @@ EVERYTHING: dict[str, Any] = {
     "weight_decay": 1e-2,
     "foreground": 0.75,
     "averaging": 0.0,
-    "guard": "both",
+    "guard": "distil",
     "distillation": 1.5,
     "interpolation": 0.4,
     "folds": ("0", "3", "all"),

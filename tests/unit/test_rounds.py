@@ -15,7 +15,7 @@ import torch
 from factories import make_model_folder
 from mshub import rounds as rounds_module
 from mshub.cases import ReviewedCase
-from mshub.errors import ConfigError, ModelNotAvailable, PredictionError, TrainingError
+from mshub.errors import ConfigError, ModelNotAvailable, PredictionError, StoreError, TrainingError
 from mshub.evaluation import Evaluator
 from mshub.holdout import HoldOut, patient_number
 from mshub.install import add_model
@@ -601,7 +601,7 @@ def test_a_version_promoted_meanwhile_goes_on_serving(
     monkeypatch.setattr(ModelStore, "publish", meanwhile)
     monkeypatch.setattr(rounds_module, "report_round", lambda _store, _job, version: reported.append(version.version))
     for _ in range(2):  # and so it is when the job is started again
-        with pytest.raises(TrainingError, match=r"v3 passed the gate, but v2 was promoted meanwhile.*promote tiny v3`"):
+        with pytest.raises(StoreError, match=r"v3 passed the gate, but v2 was promoted meanwhile.*promote tiny v3`"):
             run_round(tiny, job)
         assert tiny.current("tiny").version == "v2"
         assert len(tiny.history("tiny")) == 2
