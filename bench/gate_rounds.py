@@ -9,6 +9,7 @@ corrections whose two structures are swapped, empty corrections, and a learning 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import tempfile
 from dataclasses import replace
@@ -66,12 +67,13 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=36)
     parser.add_argument("--second", type=int, default=12)
     parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--recipe", type=json.loads, default={}, help="JSON of further recipe options")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     names = sorted(path.name.removesuffix(".nii.gz") for path in (arguments.data / "labelsTr").glob("*.nii.gz"))
     cases = [reviewed_case(arguments.data, name) for name in names[: arguments.first + arguments.second]]
     first, second = cases[: arguments.first], cases[arguments.first :]
-    recipe = Recipe.from_options({"epochs": arguments.epochs, "iterations": 25})
+    recipe = Recipe.from_options({"epochs": arguments.epochs, "iterations": 25, **arguments.recipe})
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         home = folder / "home"

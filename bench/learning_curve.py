@@ -5,14 +5,14 @@
 A base model is trained on few cases. In each round, new cases are predicted and corrected (the reference label is what
 the clinician submits, with its segments numbered as 3D Slicer numbers a scene) through MONAI Label's own client, a
 training is started as Slicer starts it, and the gate decides. Every version is then scored on cases that were never
-trained on, never held out and never shown to the server. Beside it, with the same plans and preprocessed by nnU-Net:
+trained on, never held out and never shown to the server. Beside it, with the same plans and for as many iterations as
+the rounds so far took:
 
-* ``scratch``: from random weights, on the base's cases *and* the corrections, for the iterations of the rounds so far;
-* ``scratch, longer``: the same for the iterations of the rounds *and* the base model's own, in rounds 1, 3, 5;
-* ``pretrained``: nnU-Net's ``-pretrained_weights`` (SGD 1e-2, new segmentation head) on the corrections, from the base;
-* ``pretrained, Adam``: the same with Adam at 2e-3, which learns more in so few iterations, in rounds 1, 3, 5.
-
-Both ``scratch`` arms train with Adam too, for the same reason.
+* ``scratch``: nnU-Net's own training from random weights, on the base's cases *and* the corrections;
+* ``pretrained``: nnU-Net's ``-pretrained_weights`` (a new segmentation head) from the base, on the corrections;
+* ``scratch, Adam`` and ``pretrained, Adam``: the same with Adam at 2e-3 in place of nnU-Net's SGD at 1e-2, which learns
+  more in so few iterations; the base model was trained so, too;
+* ``scratch, Adam, longer``: with the base model's iterations on top.
 
 Writes ``bench/out/learning-curve/``: results.json, table.md, learning-curve.png. What is done is kept there, the base
 model, the rounds and every arm: started again with the same options, it goes on where it was.
@@ -74,8 +74,11 @@ PATCH = (40, 56, 40)
 UNSEEN = 70
 DONE = "rounds-done"
 MIRROR_AXES = (0, 1, 2)
-ARMS = {"scratch": 1, "pretrained": 1, "scratch, longer": 2, "pretrained, Adam": 2}
-"""Arm -> in every which round it is trained, from the first one on."""
+ARMS = {
+    **{"scratch": (1, 2, 3, 4, 5), "pretrained": (1, 2, 3, 4, 5), "scratch, Adam": (1, 2, 3, 4, 5)},
+    **{"pretrained, Adam": (5,), "scratch, Adam, longer": (5,)},
+}
+"""Arm -> after which rounds it is trained."""
 
 
 # -- the cases --------------------------------------------------------------------------------------------------------
@@ -246,7 +249,7 @@ def train_arm(task: Json) -> Json:
     np.random.seed(recipe.seed)
     random.seed(recipe.seed)
     torch.manual_seed(recipe.seed)
-    kind = StockOptimiser if task["arm"] == "pretrained" else SmallTrainer
+    kind = SmallTrainer if "Adam" in task["arm"] else StockOptimiser
     trainer = kind({**plans, "continue_training": False}, CONFIGURATION, 0, dataset, torch.device("cpu"))
     trainer.follow(recipe)
     trainer.initialize()
@@ -271,7 +274,12 @@ def run_arms(arguments: argparse.Namespace, base: Path, cases: Json, rounds: lis
     with tempfile.TemporaryDirectory() as scratch:
         preprocess(arguments.data, [*cases["base"], *cases["pool"]], base, Path(scratch))
         shared = {"work": scratch, "base": str(base), "data": str(arguments.data), "unseen": cases["unseen"]}
-        arms = [arm_of(arm, row, rounds, cases["base"], arguments) for arm in ARMS for row in rounds[:: ARMS[arm]]]
+        arms = [
+            arm_of(arm, row, rounds, cases["base"], arguments)
+            for arm in ARMS
+            for row in rounds
+            if row["round"] in ARMS[arm]
+        ]
         tasks = [{**shared, **arm, "kept": str(kept / f"{arm['arm']}-{arm['round']}.json")} for arm in arms]
         results = []
         with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
@@ -289,7 +297,7 @@ def arm_of(arm: str, row: Json, rounds: list[Json], base: list[str], arguments: 
         "round": row["round"],
         "seed": arguments.seed,
         "cases": sorted([*base, *row["trained_on"]] if arm.startswith("scratch") else row["trained_on"]),
-        "iterations": spent + (arguments.base_iterations if arm == "scratch, longer" else 0),
+        "iterations": spent + (arguments.base_iterations if arm.endswith("longer") else 0),
     }
 
 
@@ -334,9 +342,10 @@ def plot(path: Path, results: Json) -> None:
     axes.plot(rounds, ours, "o-", color="#1f5fa8", linewidth=2.2, label="MSHub: the version that serves")
     styles = {
         "scratch": ("s--", "#5b6875", "nnU-Net from scratch, base and corrected cases"),
-        "scratch, longer": ("s:", "#9aa5b1", "the same, with the base model's iterations on top"),
+        "scratch, Adam": ("s:", "#9aa5b1", "the same, Adam"),
         "pretrained": ("^--", "#b3261e", "nnU-Net -pretrained_weights"),
-        "pretrained, Adam": ("v:", "#9a6700", "nnU-Net -pretrained_weights, Adam"),
+        "pretrained, Adam": ("v:", "#d98880", "the same, Adam"),
+        "scratch, Adam, longer": ("*", "#9aa5b1", "from scratch, Adam, with the base's iterations on top"),
     }
     for arm, (style, colour, name) in styles.items():
         rows = [one for one in results["arms"] if one["arm"] == arm]

@@ -55,7 +55,7 @@ class Recipe:
     epochs: int = 20
     iterations: int = 50
     optimiser: Optimiser = "adam"
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     warm_up: float = 0.1
     weight_decay: float = 3e-5
     foreground: float = 0.5
