@@ -5,14 +5,14 @@
 A base model is trained on few cases. In each round, new cases are predicted and corrected (the reference label is what
 the clinician submits, with its segments numbered as 3D Slicer numbers a scene) through MONAI Label's own client, a
 training is started as Slicer starts it, and the gate decides. Every version is then scored on cases that were never
-trained on, never held out and never shown to the server. Beside it, with the same plans and for as many iterations as
-the rounds so far took:
+trained on, never held out and never shown to the server. Beside it, with the same plans, on the same cases:
 
-* ``scratch``: nnU-Net's own training from random weights, on the base's cases *and* the corrections;
-* ``pretrained``: nnU-Net's ``-pretrained_weights`` (a new segmentation head) from the base, on the corrections;
-* ``scratch, Adam`` and ``pretrained, Adam``: the same with Adam at 2e-3 in place of nnU-Net's SGD at 1e-2, which learns
-  more in so few iterations; the base model was trained so, too;
-* ``scratch, Adam, longer``: with the base model's iterations on top.
+* ``pretrained``: nnU-Net's ``-pretrained_weights`` (a new segmentation head, SGD at 1e-2) in every round, from its own
+  result of the round before, for the iterations of the round;
+* ``scratch``: nnU-Net's own training from random weights for the iterations of all rounds so far, the base's cases too;
+* ``scratch, Adam``: the same with Adam at 2e-3, which learns more in so few iterations, as the base model did;
+* ``scratch, Adam, longer``: with the base model's iterations on top;
+* ``pretrained again``: ``-pretrained_weights`` from the base model every time, for the iterations of all rounds so far.
 
 Writes ``bench/out/learning-curve/``: results.json, table.md, learning-curve.png. What is done is kept there, the base
 model, the rounds and every arm: started again with the same options, it goes on where it was.
@@ -74,9 +74,10 @@ PATCH = (40, 56, 40)
 UNSEEN = 70
 DONE = "rounds-done"
 MIRROR_AXES = (0, 1, 2)
+EVERY = (1, 2, 3, 4, 5)
 ARMS = {
-    **{"scratch": (1, 2, 3, 4, 5), "pretrained": (1, 2, 3, 4, 5), "scratch, Adam": (1, 2, 3, 4, 5)},
-    **{"pretrained, Adam": (5,), "scratch, Adam, longer": (5,)},
+    **{"pretrained": EVERY, "scratch": EVERY, "scratch, Adam": EVERY},
+    **{"scratch, Adam, longer": (5,), "pretrained again": EVERY},
 }
 """Arm -> after which rounds it is trained."""
 
@@ -254,17 +255,23 @@ def train_arm(task: Json) -> Json:
     trainer.follow(recipe)
     trainer.initialize()
     if task["arm"].startswith("pretrained"):
-        load_pretrained_weights(trainer.network, str(base / "fold_0" / "checkpoint_final.pth"))
+        load_pretrained_weights(trainer.network, str(Path(task["weights"]) / "fold_0" / "checkpoint_final.pth"))
     started = time.process_time()
     trainer.run_training()
     seconds = time.process_time() - started
-    write_model_folder(trainer, plans, dataset, base / "dataset_fingerprint.json", out / "model")
-    dice = dice_on(out / "model", Path(task["data"]), task["unseen"])
+    write_model_folder(trainer, plans, dataset, base / "dataset_fingerprint.json", Path(task["model"]))
+    dice = dice_on(Path(task["model"]), Path(task["data"]), task["unseen"])
     shutil.rmtree(mine)
     result = {"arm": task["arm"], "round": task["round"], "iterations": trainer.num_epochs * ITERATIONS_PER_EPOCH,
               "cpu_seconds": round(seconds), "dice": dice}  # fmt: skip
     write_json(kept, result)
+    print(json.dumps(result), flush=True)
     return result
+
+
+def train_in_turn(tasks: list[Json]) -> list[Json]:
+    """Train one arm for several rounds, each perhaps from the one before."""
+    return [train_arm(task) for task in tasks]
 
 
 def run_arms(arguments: argparse.Namespace, base: Path, cases: Json, rounds: list[Json]) -> list[Json]:
@@ -274,30 +281,32 @@ def run_arms(arguments: argparse.Namespace, base: Path, cases: Json, rounds: lis
     with tempfile.TemporaryDirectory() as scratch:
         preprocess(arguments.data, [*cases["base"], *cases["pool"]], base, Path(scratch))
         shared = {"work": scratch, "base": str(base), "data": str(arguments.data), "unseen": cases["unseen"]}
-        arms = [
-            arm_of(arm, row, rounds, cases["base"], arguments)
-            for arm in ARMS
-            for row in rounds
-            if row["round"] in ARMS[arm]
-        ]
-        tasks = [{**shared, **arm, "kept": str(kept / f"{arm['arm']}-{arm['round']}.json")} for arm in arms]
-        results = []
+        turns: list[list[Json]] = []
+        for arm, trained in ARMS.items():
+            rows = [row for row in rounds if row["round"] in trained]
+            tasks = [shared | arm_of(arm, row, rounds, cases["base"], arguments, base, kept) for row in rows]
+            turns += [tasks] if arm == "pretrained" else [[task] for task in tasks]
         with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-            for result in pool.map(train_arm, tasks):
-                print(json.dumps(result), flush=True)
-                results.append(result)
-    return results
+            return [result for results in pool.map(train_in_turn, turns) for result in results]
 
 
-def arm_of(arm: str, row: Json, rounds: list[Json], base: list[str], arguments: argparse.Namespace) -> Json:
-    """Return cases and iterations of an arm: what the loop had had by then, and for ``scratch`` the base's cases."""
-    spent = sum(other["iterations"] for other in rounds[: row["round"]])
+def arm_of(
+    arm: str, row: Json, rounds: list[Json], base: list[str], arguments: argparse.Namespace, model: Path, kept: Path
+) -> Json:
+    """Return cases, iterations and files of an arm after a round."""
+    number = row["round"]
+    spent = sum(other["iterations"] for other in rounds[:number])
+    iterations = {"pretrained": row["iterations"], "scratch, Adam, longer": spent + arguments.base_iterations}
+    before = kept / f"{arm}-{number - 1}"
     return {
         "arm": arm,
-        "round": row["round"],
+        "round": number,
         "seed": arguments.seed,
         "cases": sorted([*base, *row["trained_on"]] if arm.startswith("scratch") else row["trained_on"]),
-        "iterations": spent + (arguments.base_iterations if arm.endswith("longer") else 0),
+        "iterations": iterations.get(arm, spent),
+        "weights": str(before if arm == "pretrained" and number > 1 else model),
+        "model": str(kept / f"{arm}-{number}"),
+        "kept": str(kept / f"{arm}-{number}.json"),
     }
 
 
@@ -341,11 +350,10 @@ def plot(path: Path, results: Json) -> None:
     ours = [results["base_dice"]["mean"], *(row["serving_dice"]["mean"] for row in results["rounds"])]
     axes.plot(rounds, ours, "o-", color="#1f5fa8", linewidth=2.2, label="MSHub: the version that serves")
     styles = {
-        "scratch": ("s--", "#5b6875", "nnU-Net from scratch, base and corrected cases"),
-        "scratch, Adam": ("s:", "#9aa5b1", "the same, Adam"),
-        "pretrained": ("^--", "#b3261e", "nnU-Net -pretrained_weights"),
-        "pretrained, Adam": ("v:", "#d98880", "the same, Adam"),
-        "scratch, Adam, longer": ("*", "#9aa5b1", "from scratch, Adam, with the base's iterations on top"),
+        "pretrained": ("^--", "#b3261e", "nnU-Net -pretrained_weights, round by round"),
+        "scratch, Adam": ("s--", "#5b6875", "nnU-Net from scratch, Adam, base and corrected cases"),
+        "pretrained again": ("v:", "#d98880", "nnU-Net -pretrained_weights from the base, all iterations so far"),
+        "scratch, Adam, longer": ("*", "#5b6875", "from scratch, Adam, with the base's iterations on top"),
     }
     for arm, (style, colour, name) in styles.items():
         rows = [one for one in results["arms"] if one["arm"] == arm]
