@@ -17,10 +17,10 @@ import torch
 from mshub.errors import GeometryError, MSHubError, PredictionError
 from mshub.geometry import Volume
 from mshub.nnunet.devices import resolve_device
-from mshub.nnunet.engine import Progress
 from mshub.nnunet.folder import ModelFolder
 from mshub.nnunet.network_cache import NetworkCache
 from mshub.nnunet.reading import read_as_nnunet, read_channels
+from mshub.nnunet.sliding_window import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -220,6 +220,7 @@ class NNUNetPredictor:
         return {
             "configuration": self.folder.configuration,
             "trainer": self.folder.trainer,
+            "inference": "nnU-Net v1" if self.folder.predicts_as_v1 else "nnU-Net v2",
             "folds": list(folds),
             "profile": options.profile.name,
             "device": str(device),
