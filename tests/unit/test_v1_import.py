@@ -9,18 +9,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
 from mshub.archive import extract_model, find_model_roots
 from mshub.catalogue import load_card
 from mshub.errors import LabelError, ModelFolderError, StoreError
 from mshub.install import add_model
+from mshub.nnunet.engine import Engine
 from mshub.nnunet.folder import ModelFolder
 from mshub.nnunet.model_writing import write_trained
 from mshub.nnunet.network_cache import NetworkCache
 from mshub.nnunet.predictor import NNUNetPredictor, PredictOptions
+from mshub.nnunet.trainer import train_fold
+from mshub.nnunet.training_set import prepare
+from mshub.recipe import Recipe
 from mshub.store import ModelStore
+from reviewed import make_cases
 from v1_models import MODELS, write_v1_folder, write_v1_images
 
+CPU = torch.device("cpu")
 ANISOTROPIC = MODELS["anisotropic"]
 NESTED = "nnUNet/3d_fullres/Task001_Tumour/nnUNetTrainerV2__nnUNetPlansv2.1"
 CARD = (
@@ -118,6 +126,34 @@ def test_a_version_trained_from_a_release_predicts_as_v1_does(store: ModelStore,
         for folder in (parent, ModelFolder.open(tmp_path / "child"))
     ]
     np.testing.assert_array_equal(*labels)
+
+
+@pytest.mark.usefixtures("nnunet_environment")
+@pytest.mark.parametrize("name", ["anisotropic", "slices"])
+def test_a_release_is_continued_on_images_prepared_as_v1_did(name: str, store: ModelStore, tmp_path: Path) -> None:
+    parent = ModelFolder.open(add_model(store, name, write_v1_folder(tmp_path / "v1", MODELS[name])).model_path)
+    (fold,) = parent.folds
+    values = {structure: value for value, structure in enumerate(parent.labels.names, 1)}
+    cases = make_cases(tmp_path / "cases", 2, channels=len(parent.channels), values=values)
+    prepared = prepare(parent, cases, tmp_path / "set", None, lambda _: None)
+
+    identifier, case = next(iter(prepared.cases.items()))
+    reader = parent.plans_manager.image_reader_writer_class()
+    image = reader.read_images([str(path) for path in case.images])
+    served, _ = Engine(parent, parent.folds, CPU).preprocess(*image)
+    trained = nnUNetDatasetBlosc2(str(prepared.folder), [identifier]).load_case(identifier)[0]
+    np.testing.assert_array_equal(trained[:], served)
+
+    recipe = Recipe(epochs=2, iterations=2, optimiser="sgd", guard="none", averaging=0.0)
+    fit = train_fold(parent, fold, prepared, recipe, CPU, tmp_path / "work", lambda _: None, lambda: False)
+    before = parent.checkpoint(fold)["network_weights"]
+    assert np.isfinite(fit.losses).all()
+    assert any(not torch.equal(fit.weights[key], before[key]) for key in before)
+    write_trained(tmp_path / "child", parent, {fold: fit.weights})
+    child = ModelFolder.open(tmp_path / "child")
+    assert child.predicts_as_v1
+    prediction = NNUNetPredictor(child, NetworkCache()).predict(case.images, PredictOptions(device="cpu"))
+    assert prediction.provenance["inference"] == "nnU-Net v1"
 
 
 def test_models_of_both_generations_are_found_side_by_side(release: Path, liver_spleen: Path, tmp_path: Path) -> None:

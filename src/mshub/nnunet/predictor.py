@@ -85,7 +85,7 @@ class Prediction:
     names : dict of str to int
         Structure name -> value in `labels`, ascending.
     provenance : dict
-        Model configuration, folds, profile, device.
+        Model configuration, folds, profile, device; ``inference`` where it is that of nnU-Net v1.
     seconds : dict of str to float
         Wall time per stage.
     """
@@ -220,11 +220,11 @@ class NNUNetPredictor:
         return {
             "configuration": self.folder.configuration,
             "trainer": self.folder.trainer,
-            "inference": "nnU-Net v1" if self.folder.predicts_as_v1 else "nnU-Net v2",
             "folds": list(folds),
             "profile": options.profile.name,
             "device": str(device),
             "input_clip": list(options.input_clip) if options.input_clip else None,
+            **({"inference": "nnU-Net v1"} if self.folder.predicts_as_v1 else {}),
         }
 
 
