@@ -1,8 +1,9 @@
-"""Find an nnU-Net v2 trained-model folder in whatever a user hands over, and copy its files out of there.
+"""Find an nnU-Net trained-model folder in whatever a user hands over, and copy its files out of there.
 
 The source may be a folder or a zip, with any sane nesting around the model; a folder that holds nothing but one zip is
 read as that zip. A *model root* is a directory with ``dataset.json``, ``plans.json`` and at least one
-``fold_X/checkpoint_*.pth`` (X a number or ``all``).
+``fold_X/checkpoint_*.pth`` (X a number or ``all``), as nnU-Net v2 writes it, or one with at least one
+``fold_X/model_*.model`` or ``all/model_*.model`` beside its ``.model.pkl``, as v1 did.
 
 Only the listed members of one model root are written, under names built from the list and never from the archive; see
 `mshub.sources` for what is refused before. Nothing here opens a checkpoint.
@@ -14,6 +15,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from mshub.errors import ModelFolderError, MSHubError, StoreError
@@ -29,13 +31,53 @@ __all__ = [
 MAX_BYTES = 64 * 1024**3
 MAX_MEMBERS = 10_000
 
-_CHECKPOINT = re.compile(r"(?P<root>.*?)/?(?P<fold>fold_(?:\d+|all))/checkpoint_[^/]+\.pth")
-_MEMBER = re.compile(
-    r"(?:dataset|plans|dataset_fingerprint)\.json|(?:LICENSE|README)[^/]*|"
-    r"fold_(?:\d+|all)/checkpoint_(?P<checkpoint>final|best)\.pth"
+
+@dataclass(frozen=True)
+class _Layout:
+    """How one generation of nnU-Net lays out a trained model.
+
+    Attributes
+    ----------
+    checkpoint, member, fold : re.Pattern
+        Match a checkpoint anywhere (``root``); what is copied, relative to the root (``checkpoint``: which of the two
+        kinds); the name of a fold's folder.
+    required : tuple of str
+        Files a root has.
+    final, best : str
+        Names of the checkpoints, for people.
+    """
+
+    checkpoint: re.Pattern[str]
+    member: re.Pattern[str]
+    fold: re.Pattern[str]
+    required: tuple[str, ...]
+    final: str
+    best: str
+
+
+_V2 = _Layout(
+    checkpoint=re.compile(r"(?P<root>.*?)/?(?P<fold>fold_(?:\d+|all))/checkpoint_[^/]+\.pth"),
+    member=re.compile(
+        r"(?:dataset|plans|dataset_fingerprint)\.json|(?:LICENSE|README)[^/]*|"
+        r"fold_(?:\d+|all)/checkpoint_(?P<checkpoint>final|best)\.pth"
+    ),
+    fold=re.compile(r"fold_(?:\d+|all)"),
+    required=("dataset.json", "plans.json"),
+    final="checkpoint_final.pth",
+    best="checkpoint_best.pth",
+)
+_V1 = _Layout(
+    checkpoint=re.compile(r"(?P<root>.*?)/?(?P<fold>fold_(?:\d+|all)|(?<![^/])all)/model_[^/]+\.model\.pkl"),
+    member=re.compile(
+        r"plans\.pkl|(?:LICENSE|README)[^/]*|"
+        r"(?:fold_(?:\d+|all)|all)/model_(?P<checkpoint>final_checkpoint|best)\.model(?:\.pkl)?"
+    ),
+    fold=re.compile(r"fold_(?:\d+|all)|all"),
+    required=(),
+    final="model_final_checkpoint.model",
+    best="model_best.model",
 )
 _TEXT = re.compile(r"(?:LICENSE|README).*|.*\.(?:txt|md|pdf|docx)")
-_FOLD = re.compile(r"fold_(?:\d+|all)")
 
 
 def find_model_roots(source: Path) -> list[str]:
@@ -66,7 +108,9 @@ def extract_model(
     """Copy one model's files from a folder or zip.
 
     Copied are ``dataset.json``, ``plans.json``, ``dataset_fingerprint.json``, ``LICENSE*``, ``README*`` and, of every
-    fold, ``checkpoint_final.pth``; ``checkpoint_best.pth`` only if no fold has a final one.
+    fold, ``checkpoint_final.pth``; ``checkpoint_best.pth`` only if no fold has a final one. Of a model of nnU-Net v1:
+    ``plans.pkl``, ``LICENSE*``, ``README*`` and ``model_final_checkpoint.model`` (or ``model_best.model``) with its
+    ``.model.pkl``.
 
     Parameters
     ----------
@@ -112,7 +156,7 @@ def extract_model(
 @contextmanager
 def _opened(source: Path, max_members: int) -> Iterator[Source]:
     if not source.exists():
-        raise StoreError(f"{source} does not exist. Expected the folder or zip of an nnU-Net v2 model.")
+        raise StoreError(f"{source} does not exist. Expected the folder or zip of an nnU-Net model.")
     folder = listed_folder(source) if source.is_dir() else None
     if folder and not _roots(folder):
         refuse_inner_path(source)
@@ -131,16 +175,18 @@ def _only_zip(folder: Source) -> Path | None:
 
 
 def _roots(tree: Source) -> list[str]:
-    matches = (_CHECKPOINT.fullmatch(name) for name in tree.files)
-    candidates = {match["root"] or "." for match in matches if match}
-    found = [
-        root for root in candidates if {_join(root, "dataset.json"), _join(root, "plans.json")} <= tree.files.keys()
-    ]
+    found = [root for layout in (_V2, _V1) for root in _roots_of(tree, layout)]
     # A link to a model beside it is the same model.
     unique: dict[str, str] = {}
     for root in sorted(found, key=lambda root: (root.count("/"), root)):
         unique.setdefault(tree.identity(root), root)
     return list(unique.values())
+
+
+def _roots_of(tree: Source, layout: _Layout) -> list[str]:
+    matches = (layout.checkpoint.fullmatch(name) for name in tree.files)
+    candidates = {match["root"] or "." for match in matches if match}
+    return [root for root in candidates if {_join(root, name) for name in layout.required} <= tree.files.keys()]
 
 
 def _join(root: str, name: str) -> str:
@@ -164,25 +210,26 @@ def _chosen_root(tree: Source, root: str | None) -> str:
 
 def _members(tree: Source, root: str) -> dict[str, str]:
     """Return what to copy: path below the model root -> name in the tree."""
+    layout = _V2 if root in _roots_of(tree, _V2) else _V1
     prefix = "" if root == "." else f"{root}/"
-    _check_links(tree, prefix)
+    _check_links(tree, prefix, layout)
     relative = {name[len(prefix) :]: name for name in tree.files if name.startswith(prefix)}
-    matches = {name: match for name in relative if (match := _MEMBER.fullmatch(name))}
+    matches = {name: match for name in relative if (match := layout.member.fullmatch(name))}
     kinds = {match["checkpoint"] for match in matches.values()} - {None}
     if not kinds:
         raise ModelFolderError(
-            f"{tree.path} has neither checkpoint_final.pth nor checkpoint_best.pth in any fold of {root!r}. Expected a "
-            "finished training: run it to its end, or ask the model's makers."
+            f"{tree.path} has neither {layout.final} nor {layout.best} in any fold of {root!r}. Expected a finished "
+            "training: run it to its end, or ask the model's makers."
         )
-    wanted = {None, "final" if "final" in kinds else "best"}
+    wanted = {None, "best" if kinds == {"best"} else next(iter(kinds - {"best"}))}
     return {name: relative[name] for name, match in matches.items() if match["checkpoint"] in wanted}
 
 
-def _check_links(tree: Source, prefix: str) -> None:
+def _check_links(tree: Source, prefix: str, layout: _Layout) -> None:
     """Refuse a model of which a needed part is a link out of the source: leaving it out would change the ensemble."""
     for name, destination in tree.links_out.items():
         relative = name[len(prefix) :] if name.startswith(prefix) else ""
-        if _MEMBER.fullmatch(relative) or _FOLD.fullmatch(relative):
+        if layout.member.fullmatch(relative) or layout.fold.fullmatch(relative):
             raise _outside(tree, name, destination)
 
 
@@ -200,20 +247,23 @@ def _no_model(tree: Source) -> MSHubError:
     more = f"\n  ... and {len(names) - 10} more" if len(names) > 10 else ""
     links = "".join(f"\n  {name} -> {to} (a link that leaves it: not followed)" for name, to in tree.links_out.items())
     seen = "".join(f"\n  {name}" for name in names[:10]) + more + links or " nothing"
-    return ModelFolderError(f"{tree.path} holds no nnU-Net v2 model. {_diagnosis(names)} Found:{seen}")
+    return ModelFolderError(f"{tree.path} holds no nnU-Net model. {_diagnosis(names)} Found:{seen}")
 
 
 def _diagnosis(names: list[str]) -> str:
     """Say what the files look like instead, and what to do about it."""
     basenames = {PurePosixPath(name).name for name in names}
     folders = {part for name in names for part in PurePosixPath(name).parts[:-1]}
-    if "plans.pkl" in basenames and any(re.fullmatch(r"model_.*\.model", name) for name in basenames):
-        return "It is a model of nnU-Net v1 (plans.pkl, model_*_checkpoint.model): importing v1 is not supported yet."
+    if any(name.endswith(".model") for name in basenames):
+        return (
+            "There are weights of nnU-Net v1, but model_final_checkpoint.model.pkl, which says whose they are, is not "
+            "beside them in fold_X or all. Expected the folder nnU-Net v1 wrote: ask the model's makers for it."
+        )
     if {"imagesTr", "labelsTr"} & folders:
         return f"It looks like a raw dataset (imagesTr, labelsTr), not a trained model. {EXPECTED_MODEL}"
     if "gt_segmentations" in folders or "nnUNetPlans.json" in basenames:
         return f"It looks like a preprocessed dataset, not a trained model. {EXPECTED_MODEL}"
-    if any(_CHECKPOINT.fullmatch(name) for name in names):
+    if any(_V2.checkpoint.fullmatch(name) for name in names):
         missing = " and ".join(sorted({"dataset.json", "plans.json"} - basenames)) or "dataset.json or plans.json"
         return f"There are checkpoints, but {missing} is missing beside the fold folders. {EXPECTED_MODEL}"
     if {"dataset.json", "plans.json"} <= basenames:

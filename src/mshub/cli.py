@@ -109,7 +109,9 @@ def show(model_id: ModelId, as_json: AsJson = False) -> None:
 @app.command()
 def add(
     model_id: ModelId,
-    path: Annotated[Path, typer.Argument(help="Folder or zip that holds an nnU-Net v2 model.", show_default=False)],
+    path: Annotated[
+        Path, typer.Argument(help="Folder or zip that holds an nnU-Net model, v2 or v1.", show_default=False)
+    ],
     card: Annotated[Path | None, typer.Option(help="Card (TOML) of your own model.")] = None,
     root: Annotated[str | None, typer.Option(help="Which model inside PATH, where there are several.")] = None,
 ) -> None:

@@ -21,6 +21,8 @@ from mshub.errors import CatalogueError, LabelError, ModelFolderError, ModelNotA
 from mshub.fetch import fetch_weights
 from mshub.nnunet.engine import check_weights
 from mshub.nnunet.folder import ModelFolder
+from mshub.nnunet.v1_conversion import convert_v1_folder
+from mshub.nnunet.v1_files import is_v1_folder
 from mshub.store import ModelStore, ModelVersion, writable_folder
 
 DownloadProgress = Callable[[int, int | None], None]
@@ -44,7 +46,7 @@ def add_model(
     model_id : str
         An id of the catalogue, or a new one for a lab's own model.
     source : Path
-        Folder or zip that holds the nnU-Net model at any sane depth.
+        Folder or zip that holds the nnU-Net model at any sane depth. A model of nnU-Net v1 is converted.
     card_path : Path, optional
         Card of a lab's own model; drafted from ``dataset.json`` when absent.
     root : str, optional
@@ -68,13 +70,15 @@ def add_model(
         model = staging / "model"
         model.mkdir()
         extract_model(source, model, root=root)
+        is_v1 = is_v1_folder(model)
+        if is_v1:
+            model = _converted(model, staging / "converted", card)
         folder = ModelFolder.open(model)
-        card = card or draft_card(model_id, folder.dataset)
+        card = card or _drafted_card(model_id, folder)
         _check_against_card(folder, card)
         check_weights(folder)
-        version = store.publish(
-            model_id, model, version_record(folder, card, origin or {"how": "added", "from": source.name})
-        )
+        record = version_record(folder, card, origin or {"how": "added", "from": source.name})
+        version = store.publish(model_id, model, record | ({"converted": "nnU-Net v1"} if is_v1 else {}))
     if card_path or model_id not in known:
         store.keep_card(card)
     return version
@@ -98,11 +102,6 @@ def fetch_model(store: ModelStore, model_id: str, progress: DownloadProgress | N
         raise ModelNotAvailable(
             f"{card.title} is {card.status}: its weights are not published. If you have them, install them with "
             f"`mshub add {card.id} PATH`."
-        )
-    if card.generation == 1:
-        raise ModelNotAvailable(
-            f"{card.title} is an nnU-Net v1 release ({card.weights.page}); this version of MSHub installs nnU-Net v2 "
-            "models only."
         )
     if card.weights.kind == "bundled":
         source = sample_data() / f"{model_id}-model"
@@ -148,6 +147,25 @@ def _chosen_card(known: Catalogue, model_id: str, card_path: Path | None) -> Mod
     if card.id != model_id:
         raise CatalogueError(f"The card {card_path.name} is for {card.id!r}, not {model_id!r}: make the two agree.")
     return card
+
+
+def _converted(v1: Path, target: Path, card: ModelCard | None) -> Path:
+    """Convert the v1 model in `v1`, with the names its card has for labels and channels; returns `target`."""
+    convert_v1_folder(
+        v1,
+        target,
+        labels=(card.labels if card else None) or (),
+        channels=[channel.name for channel in card.channels] if card else (),
+        trusted_trainer=card.trainer if card else None,
+    )
+    for text in [*v1.glob("LICENSE*"), *v1.glob("README*")]:
+        shutil.copy(text, target / text.name)
+    return target
+
+
+def _drafted_card(model_id: str, folder: ModelFolder) -> ModelCard:
+    card = draft_card(model_id, folder.dataset)
+    return card.model_copy(update={"generation": 1}) if folder.predicts_as_v1 else card
 
 
 def _check_against_card(folder: ModelFolder, card: ModelCard) -> None:

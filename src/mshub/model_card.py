@@ -116,6 +116,9 @@ class ModelCard(_Table):
         nnU-Net version, 1 or 2; only an announced model may leave it open.
     configuration : str or None
         nnU-Net configuration, such as ``3d_fullres``.
+    trainer : str or None
+        Trainer class of an nnU-Net v1 release that is not nnU-Net's own and, as its makers say, keeps nnU-Net's network
+        and preprocessing; such a release is not imported otherwise.
     channels : tuple of Channel
         Input images in nnU-Net's order; empty where unknown, then ``dataset.json`` decides.
     labels : tuple of str or None
@@ -147,6 +150,7 @@ class ModelCard(_Table):
     description: _Text | None = None
     generation: Literal[1, 2] | None = None
     configuration: _Text | None = None
+    trainer: _Text | None = None
     labels: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     input_clip: tuple[_Finite, _Finite] | None = None
     orientation: Annotated[str, Field(pattern=r"^[RLAPSI]{3}$")] | None = None

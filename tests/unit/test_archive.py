@@ -213,8 +213,8 @@ class TestNoModel:
         ("files", "expected"),
         [
             (
-                ["m/plans.pkl", "m/fold_0/model_final_checkpoint.model", "m/fold_0/model_final_checkpoint.model.pkl"],
-                "nnU-Net v1 .*not supported yet",
+                ["m/plans.pkl", "m/fold_0/model_final_checkpoint.model"],
+                r"weights of nnU-Net v1, but model_final_checkpoint\.model\.pkl",
             ),
             (["D/dataset.json", "D/imagesTr/a_0000.nii.gz", "D/labelsTr/a.nii.gz"], "looks like a raw dataset"),
             (["D/nnUNetPlans.json", "D/dataset.json", "D/gt_segmentations/a.nii.gz"], "like a preprocessed dataset"),

@@ -22,8 +22,9 @@ LIBRARY_LAYERS = (
     *("cases", "case_folders", "training_labels", "doubts", "scores", "recipe", "gate", "holdout", "jobs", "lineage"),
     *("report.contents", "report.words", "report.comparisons", "report.curves", "report.canvas", "report.slices"),
     "report.page",
-    *("nnunet.folder", "nnunet.devices", "nnunet.engine", "nnunet.network_cache", "nnunet.reading"),
-    *("nnunet.predictor", "nnunet.model_writing", "nnunet.planning", "nnunet.training_set", "nnunet.trainer"),
+    *("nnunet.folder", "nnunet.devices", "nnunet.sliding_window", "nnunet.preprocessing", "nnunet.engine"),
+    *("nnunet.network_cache", "nnunet.reading", "nnunet.predictor", "nnunet.model_writing", "nnunet.v1_files"),
+    *("nnunet.v1_network", "nnunet.v1_conversion", "nnunet.planning", "nnunet.training_set", "nnunet.trainer"),
     *("evaluation", "bundled", "install", "round_report", "rounds", "worker", "serve", "console", "cli", "__main__"),
 )
 APP_LAYERS = (

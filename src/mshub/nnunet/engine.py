@@ -6,58 +6,23 @@ Nothing here is safe to call from two threads at once; `mshub.nnunet.network_cac
 from __future__ import annotations
 
 import pydoc
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 
 from mshub.errors import ModelFolderError, PredictionError
 from mshub.nnunet.folder import ModelFolder
-
-Progress = Callable[[int, int], None]
-"""Called with (tiles done, tiles in all) while the network runs."""
+from mshub.nnunet.preprocessing import preprocessor_of
+from mshub.nnunet.sliding_window import ProbabilityWindow, Progress, SlidingWindow
 
 Array = np.ndarray[Any, Any]
 
 NETWORKS = "dynamic_network_architectures."
 LAYERS = (NETWORKS, "torch.nn.")
-
-
-class _SlidingWindow(nnUNetPredictor):  # type: ignore[misc]
-    """nnU-Net's predictor, silent, with its progress told to a callback.
-
-    The parent's constructor prints on CPU and its loader imports trainer classes and unpickles; neither is called.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.verbose = self.verbose_preprocessing = self.allow_tqdm = False
-        self.use_gaussian = self.use_mirroring = True
-        self.tile_step_size = 0.5
-        self.device = device
-        self.perform_everything_on_device = device.type == "cuda"
-        if device.type == "cuda":
-            torch.backends.cudnn.benchmark = True
-        self.start(None)
-
-    def start(self, on_progress: Progress | None) -> None:
-        self._on_progress, self._done, self._total = on_progress, 0, 0
-
-    def _internal_get_sliding_window_slicers(self, image_size: tuple[int, ...]) -> list[Any]:
-        slicers: list[Any] = super()._internal_get_sliding_window_slicers(image_size)
-        self._total = len(slicers) * len(self.list_of_parameters)
-        return slicers
-
-    def _internal_maybe_mirror_and_predict(self, x: torch.Tensor) -> torch.Tensor:
-        prediction: torch.Tensor = super()._internal_maybe_mirror_and_predict(x)
-        self._done += 1
-        if self._on_progress is not None:
-            self._on_progress(self._done, self._total)
-        return prediction
 
 
 class Engine:
@@ -73,7 +38,7 @@ class Engine:
         self._folder = folder
         self._plans, self._configuration = folder.plans_manager, folder.configuration_manager
         parameters = [folder.checkpoint(fold)["network_weights"] for fold in folds]
-        self._window = _SlidingWindow(device)
+        self._window = ProbabilityWindow(device) if folder.predicts_as_v1 else SlidingWindow(device)
         self._window.manual_initialization(
             load_network(folder, parameters[0]),
             self._plans,
@@ -101,14 +66,18 @@ class Engine:
         properties : dict
             With what `segmentation` needs to go back.
         """
-        preprocessor = self._configuration.preprocessor_class(verbose=False)
-        prepared, _, properties = preprocessor.run_case_npy(
+        prepared, _, properties = preprocessor_of(self._folder).run_case_npy(
             data, None, dict(properties), self._plans, self._configuration, self._folder.dataset
         )
         return prepared, properties
 
     def logits(self, data: Array, *, mirroring: bool, step: float, progress: Progress | None) -> torch.Tensor:
-        """Run the sliding window over all folds; returns half-precision logits, axes (class, *network axes).
+        """Run the sliding window over all folds.
+
+        Returns
+        -------
+        Tensor, axes (class, *network axes)
+            Half-precision logits; of a model of nnU-Net v1, float32 probabilities, of which the largest decides too.
 
         Raises
         ------

@@ -25,6 +25,7 @@ from mshub.labels import LabelMap
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_NAMES = ("checkpoint_final.pth", "checkpoint_best.pth")
+V1_INFERENCE = "mshub_predicts_as_nnunet_v1"  # in plans.json; nnU-Net itself ignores it
 READERS = ("SimpleITKIO", "NibabelIO", "NibabelIOWithReorient", "SimpleITKIOWithReorient")
 
 
@@ -36,28 +37,38 @@ def _numpy_safe_globals() -> list[Any]:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Load an nnU-Net checkpoint onto the CPU with `weights_only=True`.
+    """Load an nnU-Net v2 checkpoint onto the CPU; see `load_tensors`.
 
     Raises
     ------
     ModelFolderError
         The file is damaged, is no nnU-Net checkpoint, or holds Python objects that would have to be executed.
     """
+    return _check_checkpoint(load_tensors(path), path)
+
+
+def load_tensors(path: Path) -> Any:
+    """Load what torch saved onto the CPU with `weights_only=True`: tensors and plain values.
+
+    Raises
+    ------
+    ModelFolderError
+        The file is damaged, or holds Python objects that would have to be executed.
+    """
     try:
         with torch.serialization.safe_globals(_numpy_safe_globals()):
             # Checkpoints older than torch's zip format cannot be memory-mapped.
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise ModelFolderError(
             f"{path.name} was not loaded: it holds more than weights ({_first_line(error)}). Expected tensors and "
-            "plain values only; ask its makers for a checkpoint saved by nnU-Net v2 itself."
+            "plain values only; ask its makers for a checkpoint saved by nnU-Net itself."
         ) from error
     except Exception as error:  # a damaged stream raises whatever its bytes happen to mean
         raise ModelFolderError(
             f"{path.name} cannot be read as a torch checkpoint ({_first_line(error)}). It is probably an incomplete "
             "download: fetch or copy it again."
         ) from error
-    return _check_checkpoint(checkpoint, path)
 
 
 def _check_checkpoint(checkpoint: Any, path: Path) -> dict[str, Any]:
@@ -175,6 +186,11 @@ class ModelFolder:
     def reader(self) -> str:
         """Name of the nnU-Net reader class the model was trained with."""
         return str(self.plans.get("image_reader_writer", "SimpleITKIO"))
+
+    @property
+    def predicts_as_v1(self) -> bool:
+        """Whether the model is one of nnU-Net v1, to be predicted with as v1 did."""
+        return bool(self.plans.get(V1_INFERENCE))
 
     @cached_property
     def plans_manager(self) -> PlansManager:

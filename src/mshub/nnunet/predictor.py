@@ -17,10 +17,10 @@ import torch
 from mshub.errors import GeometryError, MSHubError, PredictionError
 from mshub.geometry import Volume
 from mshub.nnunet.devices import resolve_device
-from mshub.nnunet.engine import Progress
 from mshub.nnunet.folder import ModelFolder
 from mshub.nnunet.network_cache import NetworkCache
 from mshub.nnunet.reading import read_as_nnunet, read_channels
+from mshub.nnunet.sliding_window import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class Prediction:
     names : dict of str to int
         Structure name -> value in `labels`, ascending.
     provenance : dict
-        Model configuration, folds, profile, device.
+        Model configuration, folds, profile, device; ``inference`` where it is that of nnU-Net v1.
     seconds : dict of str to float
         Wall time per stage.
     """
@@ -224,6 +224,7 @@ class NNUNetPredictor:
             "profile": options.profile.name,
             "device": str(device),
             "input_clip": list(options.input_clip) if options.input_clip else None,
+            **({"inference": "nnU-Net v1"} if self.folder.predicts_as_v1 else {}),
         }
 
 

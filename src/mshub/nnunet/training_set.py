@@ -24,6 +24,7 @@ from mshub.errors import CaseError, LabelError, MSHubError, TrainingError
 from mshub.geometry import Array, Volume
 from mshub.label_rules import IGNORE
 from mshub.nnunet.folder import ModelFolder
+from mshub.nnunet.preprocessing import preprocessor_of
 from mshub.nnunet.reading import read_as_nnunet, read_channels, read_label_as_nnunet
 from mshub.training_labels import (
     read_reviewed_label,
@@ -178,7 +179,7 @@ def _preprocessed(
 ) -> tuple[Array, Array, dict[str, Any]]:
     """Return what nnU-Net's preprocessor makes of a case, in the types it is stored in."""
     configuration = model.configuration_manager
-    data, segmentation, properties = configuration.preprocessor_class(verbose=False).run_case_npy(
+    data, segmentation, properties = preprocessor_of(model).run_case_npy(
         data, segmentation, properties, model.plans_manager, configuration, dataset
     )
     return data.astype(np.float32, copy=False), segmentation.astype(np.int16, copy=False), properties
