@@ -11,7 +11,6 @@ trained on, never held out and never shown to the server. Beside it, with the sa
   result of the round before, for the iterations of the round;
 * ``scratch``: nnU-Net's own training from random weights for the iterations of all rounds so far, the base's cases too;
 * ``scratch, Adam``: the same with Adam at 2e-3, which learns more in so few iterations, as the base model did;
-* ``scratch, Adam, longer``: with the base model's iterations on top;
 * ``pretrained again``: ``-pretrained_weights`` from the base model every time, for the iterations of all rounds so far.
 
 Writes ``bench/out/learning-curve/``: results.json, table.md, learning-curve.png. What is done is kept there, the base
@@ -74,12 +73,7 @@ PATCH = (40, 56, 40)
 UNSEEN = 70
 DONE = "rounds-done"
 MIRROR_AXES = (0, 1, 2)
-EVERY = (1, 2, 3, 4, 5)
-ARMS = {
-    **{"pretrained": EVERY, "scratch": EVERY, "scratch, Adam": EVERY},
-    **{"scratch, Adam, longer": (5,), "pretrained again": EVERY},
-}
-"""Arm -> after which rounds it is trained."""
+ARMS = ("pretrained", "scratch", "scratch, Adam", "pretrained again")
 
 
 # -- the cases --------------------------------------------------------------------------------------------------------
@@ -282,29 +276,25 @@ def run_arms(arguments: argparse.Namespace, base: Path, cases: Json, rounds: lis
         preprocess(arguments.data, [*cases["base"], *cases["pool"]], base, Path(scratch))
         shared = {"work": scratch, "base": str(base), "data": str(arguments.data), "unseen": cases["unseen"]}
         turns: list[list[Json]] = []
-        for arm, trained in ARMS.items():
-            rows = [row for row in rounds if row["round"] in trained]
-            tasks = [shared | arm_of(arm, row, rounds, cases["base"], arguments, base, kept) for row in rows]
+        for arm in ARMS:
+            tasks = [shared | arm_of(arm, row, rounds, cases["base"], base, kept, arguments.seed) for row in rounds]
             turns += [tasks] if arm == "pretrained" else [[task] for task in tasks]
         with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
             return [result for results in pool.map(train_in_turn, turns) for result in results]
 
 
-def arm_of(
-    arm: str, row: Json, rounds: list[Json], base: list[str], arguments: argparse.Namespace, model: Path, kept: Path
-) -> Json:
+def arm_of(arm: str, row: Json, rounds: list[Json], base_cases: list[str], base: Path, kept: Path, seed: int) -> Json:
     """Return cases, iterations and files of an arm after a round."""
     number = row["round"]
     spent = sum(other["iterations"] for other in rounds[:number])
-    iterations = {"pretrained": row["iterations"], "scratch, Adam, longer": spent + arguments.base_iterations}
     before = kept / f"{arm}-{number - 1}"
     return {
         "arm": arm,
         "round": number,
-        "seed": arguments.seed,
-        "cases": sorted([*base, *row["trained_on"]] if arm.startswith("scratch") else row["trained_on"]),
-        "iterations": iterations.get(arm, spent),
-        "weights": str(before if arm == "pretrained" and number > 1 else model),
+        "seed": seed,
+        "cases": sorted([*base_cases, *row["trained_on"]] if arm.startswith("scratch") else row["trained_on"]),
+        "iterations": row["iterations"] if arm == "pretrained" else spent,
+        "weights": str(before if arm == "pretrained" and number > 1 else base),
         "model": str(kept / f"{arm}-{number}"),
         "kept": str(kept / f"{arm}-{number}.json"),
     }
@@ -353,7 +343,6 @@ def plot(path: Path, results: Json) -> None:
         "pretrained": ("^--", "#b3261e", "nnU-Net -pretrained_weights, round by round"),
         "scratch, Adam": ("s--", "#5b6875", "nnU-Net from scratch, Adam, base and corrected cases"),
         "pretrained again": ("v:", "#d98880", "nnU-Net -pretrained_weights from the base, all iterations so far"),
-        "scratch, Adam, longer": ("*", "#5b6875", "from scratch, Adam, with the base's iterations on top"),
     }
     for arm, (style, colour, name) in styles.items():
         rows = [one for one in results["arms"] if one["arm"] == arm]
@@ -362,6 +351,7 @@ def plot(path: Path, results: Json) -> None:
             axes.plot([one["round"] for one in rows], dice, style, color=colour, label=name)
     axes.set(xlabel="round of corrections", ylabel=f"mean Dice on {len(results['cases']['unseen'])} unseen cases")
     axes.set_xticks(rounds)
+    axes.set_ylim(bottom=results["base_dice"]["mean"] - 0.05)  # what starts from nothing comes from below
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", fontsize=8)
     figure.savefig(path, dpi=150)
