@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from learning_curve import STRUCTURES, reviewed_case
+from learning_curve import STRUCTURES, reviewed_case, scores_of
 from mshub.cases import ReviewedCase
 from mshub.evaluation import Evaluator
 from mshub.geometry import Array
@@ -34,7 +34,7 @@ from mshub.nnunet.predictor import PROFILES, PredictOptions
 from mshub.nnunet.trainer import train_fold
 from mshub.nnunet.training_set import TrainingSet, prepare
 from mshub.recipe import Recipe
-from mshub.scores import CaseScore, dice_by_structure, mean_dice
+from mshub.scores import dice_by_structure, mean_dice
 
 ROOT = Path(__file__).resolve().parent.parent
 GUARDS: dict[str, dict[str, Any]] = {
@@ -74,14 +74,6 @@ def dice(model: ModelFolder, cases: list[ReviewedCase]) -> float:
     return mean_dice(scores_of(model, cases))
 
 
-def scores_of(model: ModelFolder, cases: list[ReviewedCase]) -> list[CaseScore]:
-    """Return the scores without mirroring."""
-    scores, failures = Evaluator(model, PredictOptions(PROFILES["fast"], device="cpu")).score(cases, lambda _: None)
-    if failures:
-        raise RuntimeError(f"no prediction for {failures}")
-    return scores
-
-
 def row(name: str, model: ModelFolder, original: list[ReviewedCase], moved: list[ReviewedCase]) -> str:
     """Return a row of the table: Dice per structure, as the cases were and shifted."""
     found = [dice_by_structure(scores_of(model, cases)) for cases in (original, moved)]
@@ -98,7 +90,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--structure", choices=list(STRUCTURES), help="the only one reviewed; default: both were")
     parser.add_argument("--guards", nargs="+", choices=list(GUARDS), default=list(GUARDS))
-    parser.add_argument("--recipe", default="{}", help="JSON of further recipe options")
+    parser.add_argument("--recipe", type=json.loads, default={}, help="JSON of further recipe options")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     unseen = json.loads((arguments.model / "cases.json").read_text(encoding="utf-8"))["unseen"]
@@ -120,7 +112,7 @@ def main() -> None:
         print(f"| fine-tuned with | {' | '.join([*STRUCTURES, *(f'{name}, shifted' for name in STRUCTURES)])} |")
         print("|---" * (1 + 2 * len(STRUCTURES)) + "|\n" + row("(before)", model, original, tested), flush=True)
         for number, name in enumerate(arguments.guards):
-            options = {"epochs": arguments.epochs, "iterations": 25, **json.loads(arguments.recipe), **GUARDS[name]}
+            options = {"epochs": arguments.epochs, "iterations": 25, **arguments.recipe, **GUARDS[name]}
             after = fine_tuned(model, training, Recipe.from_options(options), folder / str(number))
             print(row(name, after, original, tested), flush=True)
 

@@ -45,7 +45,7 @@ from mshub.cases import ReviewedCase
 from mshub.evaluation import Evaluator
 from mshub.nnunet.folder import ModelFolder
 from mshub.nnunet.predictor import PROFILES, PredictOptions
-from mshub.scores import dice_by_structure, mean_dice
+from mshub.scores import CaseScore, dice_by_structure, mean_dice
 from mshub.store import ModelStore
 from small_nnunet import (
     CONFIGURATION,
@@ -92,12 +92,17 @@ def reviewed_case(data: Path, case: str) -> ReviewedCase:
     return ReviewedCase(case, images, data / "labelsTr" / f"{case}{ENDING}", STRUCTURES, tuple(STRUCTURES), case)
 
 
-def dice_on(model: Path, data: Path, cases: list[str]) -> Json:
-    """Score a model folder without mirroring, the same way for every arm."""
-    evaluator = Evaluator(ModelFolder.open(model), PredictOptions(PROFILES["fast"], device="cpu"))
-    scores, failures = evaluator.score([reviewed_case(data, case) for case in cases], lambda _: None)
+def scores_of(model: ModelFolder, cases: list[ReviewedCase]) -> list[CaseScore]:
+    """Return the scores without mirroring, in this process, on the CPU."""
+    scores, failures = Evaluator(model, PredictOptions(PROFILES["fast"], device="cpu")).score(cases, lambda _: None)
     if failures:
         raise RuntimeError(f"no prediction for {failures}")
+    return scores
+
+
+def dice_on(model: Path, data: Path, cases: list[str]) -> Json:
+    """Score a model folder without mirroring, the same way for every arm."""
+    scores = scores_of(ModelFolder.open(model), [reviewed_case(data, case) for case in cases])
     return {"mean": mean_dice(scores), **dice_by_structure(scores)}
 
 
@@ -145,7 +150,7 @@ def correct(server: LiveServer, data: Path, case: str, scratch: Path) -> None:
 def one_round(server: LiveServer, arguments: argparse.Namespace, home: Path) -> None:
     """Start a training as a client does, wait for it, and let a person promote what only waits for one."""
     client = server.client(home)
-    options = {"epochs": max(1, arguments.iterations // 25), "iterations": 25, **json.loads(arguments.recipe)}
+    options = {"epochs": max(1, arguments.iterations // 25), "iterations": 25, **arguments.recipe}
     client.train_start(MODEL_ID, options)
     while client.train_status(check_if_running=True):
         time.sleep(2)
@@ -223,9 +228,7 @@ def train_arm(task: Json) -> Json:
         return json.loads(kept.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
     torch.set_num_threads(1)
     work, base = Path(task["work"]), Path(task["base"])
-    out = work / f"{task['arm']}-{task['round']}"
-    shutil.rmtree(out, ignore_errors=True)
-    mine = out / "workspace"
+    mine = work / f"{task['arm']}-{task['round']}"
     for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         os.environ[variable] = str(mine / variable)
         (mine / variable).mkdir(parents=True)
@@ -368,7 +371,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--per-round", type=int, default=10, help="cases corrected in each round")
     parser.add_argument("--iterations", type=int, default=75, help="our iterations per round")
-    parser.add_argument("--recipe", default="{}", help="JSON of further recipe options")
+    parser.add_argument("--recipe", type=json.loads, default={}, help="JSON of further recipe options")
     parser.add_argument("--ours-only", action="store_true")
     arguments = parser.parse_args()
     cases = split_cases(arguments.data, arguments.seed, arguments.base_cases, arguments.rounds * arguments.per_round)

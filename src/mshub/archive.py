@@ -56,7 +56,7 @@ class _Layout:
 
 
 _V2 = _Layout(
-    checkpoint=re.compile(r"(?P<root>.*?)/?(?P<fold>fold_(?:\d+|all))/checkpoint_[^/]+\.pth"),
+    checkpoint=re.compile(r"(?P<root>.*?)/?fold_(?:\d+|all)/checkpoint_[^/]+\.pth"),
     member=re.compile(
         r"(?:dataset|plans|dataset_fingerprint)\.json|(?:LICENSE|README)[^/]*|"
         r"fold_(?:\d+|all)/checkpoint_(?P<checkpoint>final|best)\.pth"
@@ -67,7 +67,7 @@ _V2 = _Layout(
     best="checkpoint_best.pth",
 )
 _V1 = _Layout(
-    checkpoint=re.compile(r"(?P<root>.*?)/?(?P<fold>fold_(?:\d+|all)|(?<![^/])all)/model_[^/]+\.model\.pkl"),
+    checkpoint=re.compile(r"(?P<root>.*?)/?(?:fold_(?:\d+|all)|(?<![^/])all)/model_[^/]+\.model\.pkl"),
     member=re.compile(
         r"plans\.pkl|(?:LICENSE|README)[^/]*|"
         r"(?:fold_(?:\d+|all)|all)/model_(?P<checkpoint>final_checkpoint|best)\.model(?:\.pkl)?"
@@ -221,7 +221,7 @@ def _members(tree: Source, root: str) -> dict[str, str]:
             f"{tree.path} has neither {layout.final} nor {layout.best} in any fold of {root!r}. Expected a finished "
             "training: run it to its end, or ask the model's makers."
         )
-    wanted = {None, "best" if kinds == {"best"} else next(iter(kinds - {"best"}))}
+    wanted = {None} | (kinds - {"best"} or kinds)
     return {name: relative[name] for name, match in matches.items() if match["checkpoint"] in wanted}
 
 

@@ -37,7 +37,17 @@ def used_digests(version: ModelVersion) -> set[str]:
 
 def new_cases(store: ModelStore, model_id: str, cases: Iterable[ReviewedCase]) -> list[ReviewedCase]:
     """Return the reviewed cases that no version of a model has seen as they are now."""
-    seen: set[str] = set().union(*(used_digests(version) for version in store.versions(model_id)))
+    return _unseen(cases, store.versions(model_id))
+
+
+def unserved_cases(store: ModelStore, model_id: str, cases: Iterable[ReviewedCase]) -> list[ReviewedCase]:
+    """Return the reviewed cases that no version which ever served has seen as they are now."""
+    served = {step["to"] for step in store.history(model_id)}
+    return _unseen(cases, [version for version in store.versions(model_id) if version.version in served])
+
+
+def _unseen(cases: Iterable[ReviewedCase], versions: Iterable[ModelVersion]) -> list[ReviewedCase]:
+    seen: set[str] = set().union(*(used_digests(version) for version in versions))
     return [case for case in cases if case.digest not in seen]
 
 

@@ -28,7 +28,7 @@ from mshub.gate import GatePolicy, Verdict, judge
 from mshub.holdout import HoldOut
 from mshub.install import version_record
 from mshub.jobs import Job
-from mshub.lineage import CANDIDATE, fitting_cases, original, used_digests
+from mshub.lineage import CANDIDATE, fitting_cases, original, unserved_cases
 from mshub.nnunet.devices import resolve_device
 from mshub.nnunet.engine import check_weights
 from mshub.nnunet.folder import ModelFolder
@@ -178,10 +178,7 @@ class _Round:
 
     def _new_cases(self, cases: Sequence[ReviewedCase]) -> list[ReviewedCase]:
         """Return the cases that no version that served has seen as they are now, of very many a sample."""
-        served = {step["to"] for step in self._store.history(self._request.model_id)}
-        versions = [one for one in self._store.versions(self._request.model_id) if one.version in served]
-        known: set[str] = set().union(*(used_digests(version) for version in versions))
-        new = [case for case in cases if case.digest not in known]
+        new = unserved_cases(self._store, self._request.model_id, cases)
         if len(new) <= LOOKED_AT:
             return new
         logger.info("looking at %d of %d new labels", LOOKED_AT, len(new))

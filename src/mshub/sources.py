@@ -162,8 +162,8 @@ def refuse_inner_path(path: Path) -> None:
         Names the model folder to pass instead.
     """
     for parent in Path(os.path.realpath(path)).parents[:3]:
-        v2 = any(parent.glob("fold_*/checkpoint_*.pth"))
-        v2 = v2 and (parent / "dataset.json").is_file() and (parent / "plans.json").is_file()
+        described = (parent / "dataset.json").is_file() and (parent / "plans.json").is_file()
+        v2 = described and any(parent.glob("fold_*/checkpoint_*.pth"))
         v1 = any(any(parent.glob(f"{fold}/model_*.model.pkl")) for fold in ("fold_*", "all"))
         if v1 or v2:
             raise StoreError(f"{path} is only a part of a model. Pass the whole model folder: {parent}")

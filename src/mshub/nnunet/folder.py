@@ -61,12 +61,12 @@ def load_tensors(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise ModelFolderError(
-            f"{path.name} was not loaded: it holds more than weights ({_first_line(error)}). Expected tensors and "
+            f"{path.name} was not loaded: it holds more than weights ({first_line(error)}). Expected tensors and "
             "plain values only; ask its makers for a checkpoint saved by nnU-Net itself."
         ) from error
     except Exception as error:  # a damaged stream raises whatever its bytes happen to mean
         raise ModelFolderError(
-            f"{path.name} cannot be read as a torch checkpoint ({_first_line(error)}). It is probably an incomplete "
+            f"{path.name} cannot be read as a torch checkpoint ({first_line(error)}). It is probably an incomplete "
             "download: fetch or copy it again."
         ) from error
 
@@ -90,11 +90,12 @@ def _explained() -> Iterator[None]:
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ModelFolderError(
             f"dataset.json, plans.json or the checkpoint is not as nnU-Net v2 writes it ({type(error).__name__}: "
-            f"{_first_line(error)}). Copy the model folder again."
+            f"{first_line(error)}). Copy the model folder again."
         ) from error
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return what an error of a library says, short enough for a message of ours."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from mshub.errors import ModelFolderError
-from mshub.nnunet.folder import V1_INFERENCE
+from mshub.label_rules import listed
+from mshub.nnunet.folder import V1_INFERENCE, first_line
 from mshub.nnunet.model_writing import write_model_folder
 from mshub.nnunet.v1_files import V1Checkpoint, read_v1_folder
 from mshub.nnunet.v1_network import Architecture, Shape, architecture_plan, convert_weights, infer_architecture
@@ -122,10 +123,9 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise ModelFolderError(
-            f"The plans or the weights are not as nnU-Net v1 writes them ({type(error).__name__}: {reason}). Copy the "
-            "model folder again."
+            f"The plans or the weights are not as nnU-Net v1 writes them ({type(error).__name__}: "
+            f"{first_line(error)}). Copy the model folder again."
         ) from error
 
 
@@ -247,8 +247,8 @@ class _Plans:
         unknown = [str(scheme) for scheme in self._schemes() if scheme not in _SCHEMES]
         if unknown:
             raise ModelFolderError(
-                f"The images are normalised by {_listed(unknown)}, which nnU-Net v2 does not have; it has "
-                f"{_listed(list(_SCHEMES))}. MSHub cannot import this model."
+                f"The images are normalised by {listed(unknown)}, which nnU-Net v2 does not have; it has "
+                f"{listed(list(_SCHEMES))}. MSHub cannot import this model."
             )
         expected = _PREPROCESSORS[len(self._patch)]
         name = self._plans.get("preprocessor_name") or expected
@@ -279,7 +279,7 @@ class _Plans:
             missing = [name for name in ("mean", "sd", "percentile_00_5", "percentile_99_5") if name not in found]
             if scheme == "CT" and missing:
                 raise ModelFolderError(
-                    f"The plans lack {_listed(missing)} of channel {number}, without which CT is not normalised. Ask "
+                    f"The plans lack {listed(missing)} of channel {number}, without which CT is not normalised. Ask "
                     "the model's makers for the complete plans.pkl."
                 )
             intensities[str(number)] = {key: float(found.get(name, 0.0)) for key, name in _STATISTICS.items()}
@@ -289,7 +289,7 @@ class _Plans:
         count = int(self._needed(self._plans, "num_modalities"))
         if given and len(given) != count:
             raise ModelFolderError(
-                f"The card names {len(given)} channels ({_listed(given)}); this model has {count}. Correct the card "
+                f"The card names {len(given)} channels ({listed(given)}); this model has {count}. Correct the card "
                 "or add the model it describes."
             )
         known = self._plans.get("modalities") or (self._plans.get("dataset_properties") or {}).get("modalities") or {}
@@ -300,12 +300,12 @@ class _Plans:
         values = sorted(int(value) for value in self._plans.get("all_classes") or () if int(value) > 0)
         if values and values != list(range(1, count + 1)):
             raise ModelFolderError(
-                f"The classes of this model are {_listed(values)}; MSHub imports nnU-Net v1 models whose classes are 1 "
+                f"The classes of this model are {listed(values)}; MSHub imports nnU-Net v1 models whose classes are 1 "
                 f"to {count}."
             )
         if given and len(given) != count:
             raise ModelFolderError(
-                f"The card names {len(given)} labels ({_listed(given)}); this model has {count}. Correct the card "
+                f"The card names {len(given)} labels ({listed(given)}); this model has {count}. Correct the card "
                 "or add the model it describes."
             )
         return list(given) or [f"class {value}" for value in range(1, count + 1)]
@@ -329,7 +329,3 @@ class _Plans:
 
 def _floats(values: Sequence[Any]) -> list[float]:
     return [float(value) for value in values]
-
-
-def _listed(values: Sequence[Any]) -> str:
-    return ", ".join(map(str, values))

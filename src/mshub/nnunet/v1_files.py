@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from mshub.errors import ModelFolderError
-from mshub.nnunet.folder import load_tensors
+from mshub.nnunet.folder import first_line, load_tensors
 
 CHECKPOINTS = ("model_final_checkpoint.model", "model_best.model")
 MAX_PICKLE_BYTES = 256 * 2**20
@@ -149,9 +149,8 @@ def read_pickle(path: Path) -> Any:
     except ModelFolderError:
         raise
     except Exception as error:  # a damaged stream raises whatever its bytes happen to mean
-        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise ModelFolderError(
-            f"{path.name} cannot be read ({reason}). It is probably damaged: fetch or copy the model again."
+            f"{path.name} cannot be read ({first_line(error)}). It is probably damaged: fetch or copy the model again."
         ) from error
 
 

@@ -10,7 +10,7 @@ refused by name.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch.nn.functional import pad
 
 from mshub.errors import ModelFolderError
+from mshub.label_rules import listed
 
 Weights = Mapping[str, torch.Tensor]
 Shape = tuple[int, ...]
@@ -92,7 +93,7 @@ def infer_architecture(weights: Weights) -> Architecture:
     counts = {len(blocks) for blocks in (*encoder, *decoder)}
     if len(counts) != 1:
         raise ModelFolderError(
-            f"The levels have {_listed(sorted(counts))} convolutions; nnU-Net v1 has the same number in all of them."
+            f"The levels have {listed(sorted(counts))} convolutions; nnU-Net v1 has the same number in all of them."
         )
     if any(f"{block}.instnorm.weight" not in weights for blocks in (*encoder, *decoder) for block in blocks):
         raise ModelFolderError("The network has convolutions without normalisation, which MSHub cannot import.")
@@ -173,7 +174,7 @@ def _refuse_leftovers(weights: Weights) -> None:
     if unknown:
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         raise ModelFolderError(
-            f"The network has parts that nnU-Net v1's own does not have: {_listed(unknown[:3])}{more}. MSHub imports "
+            f"The network has parts that nnU-Net v1's own does not have: {listed(unknown[:3])}{more}. MSHub imports "
             "the networks of nnU-Net v1's own trainers only."
         )
 
@@ -187,7 +188,7 @@ def _blocks(weights: Weights, part: str) -> list[list[str]]:
             place = (int(match["inner"] or 0), int(match["block"]))
             levels.setdefault(int(match["level"]), {})[place] = name.removesuffix(".conv.weight")
     if sorted(levels) != list(range(len(levels))):
-        raise ModelFolderError(f"Levels of the network are missing: the weights have {_listed(sorted(levels))}.")
+        raise ModelFolderError(f"Levels of the network are missing: the weights have {listed(sorted(levels))}.")
     return [[levels[level][place] for place in sorted(levels[level])] for level in range(len(levels))]
 
 
@@ -195,7 +196,7 @@ def _kernel(weights: Weights, blocks: list[str]) -> Shape:
     sizes = {tuple(weights[f"{block}.conv.weight"].shape[2:]) for block in blocks}
     kernel = sizes.pop()
     if sizes or any(size % 2 == 0 for size in kernel):
-        raise ModelFolderError(f"{blocks[0]} has kernels {_listed([kernel, *sizes])}; expected one odd size per level.")
+        raise ModelFolderError(f"{blocks[0]} has kernels {listed([kernel, *sizes])}; expected one odd size per level.")
     return kernel
 
 
@@ -224,7 +225,3 @@ def _with_bias(weights: Weights, name: str, target: str, *, outputs_axis: int) -
     bias = weights.get(f"{name}.bias")
     zeros = torch.zeros(weight.shape[outputs_axis], dtype=weight.dtype)
     return {f"{target}.weight": weight, f"{target}.bias": zeros if bias is None else bias}
-
-
-def _listed(values: Sequence[Any]) -> str:
-    return ", ".join(map(str, values))
