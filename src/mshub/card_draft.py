@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from mshub.card_tables import Modality
 from mshub.dataset_json import is_v1_style
 from mshub.labels import LabelMap
-from mshub.model_card import Modality, ModelCard, validated_card
+from mshub.model_card import ModelCard, validated_card
 
 _MR_MARKS = ("mr", "t1", "t2", "flair", "dwi", "adc", "swi")
 

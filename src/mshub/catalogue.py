@@ -9,15 +9,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mshub.card_draft import draft_card
+from mshub.card_tables import Channel, InputRules, Link, Modality, Plan, Weights, WeightsKind
 from mshub.errors import CatalogueError
 from mshub.model_card import (
-    Channel,
-    Link,
-    Modality,
     ModelCard,
     Status,
-    Weights,
-    WeightsKind,
     did_you_mean,
     dump_card,
     load_card,
@@ -28,9 +24,11 @@ __all__ = [
     "PACKAGED_CARDS",
     "Catalogue",
     "Channel",
+    "InputRules",
     "Link",
     "Modality",
     "ModelCard",
+    "Plan",
     "Status",
     "Weights",
     "WeightsKind",

@@ -227,7 +227,7 @@ def predict(
         PROFILES[profile],
         tuple(fold.strip() for fold in folds.split(",") if fold.strip()),
         device,
-        version.card.input_clip,
+        version.card.input_rules,
     )
     with tile_progress() as progress:
         task = progress.add_task(f"{model_id} {version.version}", total=None)

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 def as_served(card: ModelCard, device: str) -> PredictOptions:
     """Return the options by which the server predicts by default."""
-    return PredictOptions(PROFILES["accurate"], device=device, input_clip=card.input_clip)
+    return PredictOptions(PROFILES["accurate"], device=device, rules=card.input_rules)
 
 
 class Evaluator:

@@ -132,6 +132,20 @@ class Volume:
     def __post_init__(self) -> None:
         check_fits(self.array_xyz, self.grid)
 
+    def turned(self, orientation: str) -> Volume:
+        """Return the same image stored with its axes pointing elsewhere: flips and permutations, nothing resampled.
+
+        Parameters
+        ----------
+        orientation : str
+            Axis codes such as ``RAS``, the directions x, y and z are to point to; of an oblique grid, the nearest.
+        """
+        now, wanted = nib.io_orientation(self.grid.affine_ras), nib.orientations.axcodes2ornt(orientation)
+        change = nib.orientations.ornt_transform(now, wanted)
+        array = nib.orientations.apply_orientation(self.array_xyz, change)
+        affine = self.grid.affine_ras @ nib.orientations.inv_ornt_aff(change, self.grid.shape_xyz)
+        return Volume(array, Grid(array.shape, affine))
+
 
 def check_fits(array_xyz: Array, grid: Grid) -> None:
     """Refuse an array that has another shape than its grid.

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
+from mshub.card_tables import Channel, Finite, InputRules, Link, Modality, Plan, Table, Text, Weights
 from mshub.errors import CatalogueError, LabelError
 from mshub.label_rules import refuse_unfit_names
 
@@ -23,83 +24,12 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-Modality = Literal["CT", "MR", "PT", "US", "other"]
 Status = Literal["released", "announced", "bundled", "local"]
-WeightsKind = Literal["gdrive-folder", "gdrive-file", "https", "bundled"]
 
-_Text = Annotated[str, Field(min_length=1)]
 _Count = Annotated[str, Field(min_length=1), BeforeValidator(lambda n: str(n) if type(n) is int else n)]
-_Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Channel(_Table):
-    """One input image of a model.
-
-    Attributes
-    ----------
-    name : str
-        Name of the channel, as in ``dataset.json``.
-    modality : str or None
-        Where it differs from the card's, as in PET/CT.
-    sequence : str or None
-        MR sequence, such as ``T1w contrast-enhanced``.
-    """
-
-    name: _Text
-    modality: Modality | None = None
-    sequence: _Text | None = None
-
-
-class Link(_Table):
-    """A publication or page about a model."""
-
-    title: _Text
-    url: Annotated[str, Field(pattern=r"^https?://\S+$")]
-
-
-class Weights(_Table):
-    """Where the weights are.
-
-    Attributes
-    ----------
-    kind : str
-        ``gdrive-folder`` and ``gdrive-file`` need `id`, ``https`` needs `url`, ``bundled`` (with MSHub) neither.
-    id : str or None
-        Google Drive id.
-    url : str or None
-        Address of an archive.
-    sha256 : str or None
-        Of the downloaded file, 64 lower-case hex digits, where known.
-    """
-
-    kind: WeightsKind
-    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] | None = None
-    url: Annotated[str, Field(pattern=r"^https?://\S+$")] | None = None
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
-
-    @model_validator(mode="after")
-    def _has_its_address(self) -> Weights:
-        needed = {"gdrive-folder": {"id"}, "gdrive-file": {"id"}, "https": {"url"}, "bundled": set()}[self.kind]
-        found = {key for key in ("id", "url") if getattr(self, key) is not None}
-        if found != needed:
-            raise ValueError(f"kind {self.kind!r} with {_these(needed)}, found {_these(found)}")
-        return self
-
-    @property
-    def page(self) -> str | None:
-        """Address a person can open in a browser; None for bundled weights."""
-        if self.kind == "gdrive-folder":
-            return f"https://drive.google.com/drive/folders/{self.id}"
-        if self.kind == "gdrive-file":
-            return f"https://drive.google.com/file/d/{self.id}/view"
-        return self.url
-
-
-class ModelCard(_Table):
+class ModelCard(Table):
     """What is known about one model.
 
     Attributes
@@ -126,13 +56,17 @@ class ModelCard(_Table):
     input_clip : tuple of two float, or None
         Low and high, in the image's own units (HU for CT): the image is clipped to them before nnU-Net preprocesses it.
     orientation : str or None
-        Axis codes the training images had, such as ``RAS``.
+        Axis codes of the images the model was made for, such as ``RAS`` (directions x, y, z point to): every image is
+        turned to them before nnU-Net sees it, and its label back. Left out: images are seen as they are stored, which
+        is what nnU-Net does.
     training_scans : str or None
         Number of training scans, as published: ``1018`` or ``>3500``.
     dsc, dsc_source : float and str, or None
         Reported Dice similarity coefficient, 0..1, and the edition of the catalogue it is from.
     licence, access, description : str or None
         Terms of use, conditions of access, and more about the model.
+    plan : Plan or None
+        What a bare state file of nnU-Net v1, weights without their plans, does not say itself.
     weights : Weights or None
         Where to fetch the weights.
     links : tuple of Link
@@ -142,25 +76,26 @@ class ModelCard(_Table):
     """
 
     id: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{1,62}$")]
-    title: _Text
-    site: _Text
+    title: Text
+    site: Text
     modality: Modality
-    target: _Text
+    target: Text
     status: Status
-    description: _Text | None = None
+    description: Text | None = None
     generation: Literal[1, 2] | None = None
-    configuration: _Text | None = None
-    trainer: _Text | None = None
+    configuration: Text | None = None
+    trainer: Text | None = None
     labels: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    input_clip: tuple[_Finite, _Finite] | None = None
+    input_clip: tuple[Finite, Finite] | None = None
     orientation: Annotated[str, Field(pattern=r"^[RLAPSI]{3}$")] | None = None
     training_scans: _Count | None = None
     dsc: Annotated[float, Field(ge=0, le=1)] | None = None
-    dsc_source: _Text | None = None
-    licence: _Text | None = None
-    access: _Text | None = None
-    notes: tuple[_Text, ...] = ()
+    dsc_source: Text | None = None
+    licence: Text | None = None
+    access: Text | None = None
+    notes: tuple[Text, ...] = ()
     channels: tuple[Channel, ...] = ()
+    plan: Plan | None = None
     weights: Weights | None = None
     links: tuple[Link, ...] = ()
 
@@ -180,6 +115,15 @@ class ModelCard(_Table):
             raise ValueError("[low, high] with low < high")
         return clip
 
+    @field_validator("orientation")
+    @classmethod
+    def _axes_are_three(cls, orientation: str | None) -> str | None:
+        if orientation and {frozenset(pair) & set(orientation) for pair in ("LR", "AP", "SI")} != {
+            frozenset(letter) for letter in orientation
+        }:
+            raise ValueError("one of L and R, one of A and P, one of S and I")
+        return orientation
+
     @model_validator(mode="after")
     def _keys_agree(self) -> ModelCard:
         kind = self.weights.kind if self.weights else None
@@ -194,6 +138,11 @@ class ModelCard(_Table):
         if broken := [rule for rule, is_broken in faults.items() if is_broken]:
             raise ValueError("; ".join(broken))
         return self
+
+    @property
+    def input_rules(self) -> InputRules:
+        """What is done to every image before nnU-Net sees it."""
+        return InputRules(self.input_clip, self.orientation)
 
 
 def load_card(path: Path) -> ModelCard:
@@ -272,9 +221,5 @@ def _fault(detail: ErrorDetails) -> str:
 
 
 def _known_keys(loc: tuple[int | str, ...]) -> list[str]:
-    nested: dict[str, type[_Table]] = {"channels": Channel, "links": Link, "weights": Weights}
+    nested: dict[str, type[Table]] = {"channels": Channel, "links": Link, "plan": Plan, "weights": Weights}
     return list((nested[str(loc[0])] if len(loc) > 1 else ModelCard).model_fields)
-
-
-def _these(keys: set[str]) -> str:
-    return " and ".join(map(repr, sorted(keys))) or "neither 'id' nor 'url'"

@@ -20,7 +20,7 @@ from typing import Any
 
 from mshub.atomic_file import replace_by_copy, replace_json
 from mshub.cases import ReviewedCase
-from mshub.catalogue import ModelCard, draft_card
+from mshub.catalogue import InputRules, ModelCard, draft_card
 from mshub.dataset_json import read_labels
 from mshub.errors import MSHubError, TrainingError
 from mshub.evaluation import Evaluator, as_served
@@ -211,8 +211,8 @@ class _Round:
             return target
         self._tell(stage="planning the network")
         request, known = self._request, self._store.catalogue()
-        input_clip = known.get(request.model_id).input_clip if request.model_id in known else None
-        return plan_model(request.dataset or {}, training, self._job.work, request.recipe.seed, input_clip)
+        rules = known.get(request.model_id).input_rules if request.model_id in known else InputRules()
+        return plan_model(request.dataset or {}, training, self._job.work, request.recipe.seed, rules)
 
     def _prepare(self, training: Sequence[ReviewedCase]) -> TrainingSet:
         before = Evaluator(self._model, self._options) if self._parent else None
@@ -225,7 +225,7 @@ class _Round:
         folder = self._store.home / "preprocessed" / self._request.model_id
         on_case(0)
         known = predict if before else None
-        prepared = prepare(self._model, training, folder, known, on_case, self._card.input_clip)
+        prepared = prepare(self._model, training, folder, known, on_case, self._card.input_rules)
         self._left_out |= prepared.left_out
         return prepared
 

@@ -237,7 +237,7 @@ def case(tmp_path: Path) -> Path:
 
 def expected_label(store: ModelStore, *images: Path, model: str = "tiny") -> np.ndarray[Any, Any]:
     folder = ModelFolder.open(store.current(model).model_path)
-    options = PredictOptions(PROFILES["fast"], device="cpu", input_clip=store.current(model).card.input_clip)
+    options = PredictOptions(PROFILES["fast"], device="cpu", rules=store.current(model).card.input_rules)
     return NNUNetPredictor(folder, NetworkCache()).predict(images, options).labels.array_xyz
 
 

@@ -16,8 +16,8 @@ LIBRARY, APP = ROOT / "src" / "mshub", ROOT / "apps" / "mshub"
 
 # Lowest first; a module may import those before it. Modules of one package count as one where only it is listed.
 LIBRARY_LAYERS = (
-    *("errors", "atomic_file", "label_rules", "dataset_json", "labels", "model_card", "card_draft", "catalogue"),
-    *("checksums", "sources", "archive", "downloads", "http_file", "drive", "fetch", "store"),
+    *("errors", "atomic_file", "label_rules", "dataset_json", "labels", "card_tables", "model_card", "card_draft"),
+    *("catalogue", "checksums", "sources", "archive", "downloads", "http_file", "drive", "fetch", "store"),
     *("image_limits", "geometry", "image_file", "nifti", "itk_files", "dicom_series", "volume_io", "corrections"),
     *("cases", "case_folders", "training_labels", "doubts", "scores", "recipe", "gate", "holdout", "jobs", "lineage"),
     *("report.contents", "report.words", "report.comparisons", "report.curves", "report.canvas", "report.slices"),

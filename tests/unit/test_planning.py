@@ -21,6 +21,7 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from factories import make_model_folder, odd_grids
 from mshub.cases import ReviewedCase
+from mshub.catalogue import InputRules
 from mshub.errors import TrainingError
 from mshub.geometry import same_grid
 from mshub.nnunet import model_writing as model_writing_module
@@ -246,7 +247,7 @@ def test_nnunet_looks_at_intensities_as_the_model_will_see_them(raw: Path, tmp_p
     case = make_case(tmp_path, "case")
     original = array_of(case.images[0])
     low, high = (float(value) for value in np.percentile(original, (10, 90)))
-    plan_model(DATASET, [case], tmp_path / "work", seed=0, input_clip=(low, high))
+    plan_model(DATASET, [case], tmp_path / "work", seed=0, rules=InputRules((low, high)))
     (image,) = (raw / "imagesTr").iterdir()
     np.testing.assert_allclose(array_of(image), np.clip(original, low, high), rtol=1e-6)
 

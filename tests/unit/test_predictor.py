@@ -15,6 +15,7 @@ import SimpleITK as sitk  # noqa: N813 - the name everybody uses
 import torch
 
 from factories import make_image, make_model_folder, odd_grids
+from mshub.catalogue import InputRules
 from mshub.errors import CaseError, ChannelError, GeometryError, ModelFolderError, PredictionError
 from mshub.geometry import same_grid
 from mshub.nnunet import engine as engine_module
@@ -157,7 +158,7 @@ def test_clipping_equals_predicting_a_clipped_file(liver_spleen: Path, image: Pa
     clipped = np.clip(np.asarray(loaded.dataobj), low, high).astype(np.int16)
     assert np.mean(clipped != np.asarray(loaded.dataobj)) > 0.2
     nib.save(nib.Nifti1Image(clipped, loaded.affine, loaded.header), tmp_path / "clipped.nii.gz")
-    options = PredictOptions(PROFILES["fast"], device="cpu", input_clip=(low, high))
+    options = PredictOptions(PROFILES["fast"], device="cpu", rules=InputRules((low, high)))
     found = predict(liver_spleen, image, options=options)
     expected = predict(liver_spleen, tmp_path / "clipped.nii.gz")
     np.testing.assert_array_equal(found.labels.array_xyz, expected.labels.array_xyz)

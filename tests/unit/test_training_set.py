@@ -17,6 +17,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
 from factories import make_image, make_model_folder, odd_grids
 from mshub.cases import ReviewedCase
+from mshub.catalogue import InputRules
 from mshub.errors import TrainingError
 from mshub.geometry import Array
 from mshub.nnunet.folder import ModelFolder
@@ -141,7 +142,7 @@ def test_input_is_clipped_as_for_predictions(tmp_path: Path, model: ModelFolder)
     clipped = np.clip(np.asarray(source.dataobj), -60, 75).astype(np.int16)
     nib.save(nib.Nifti1Image(clipped, source.affine, source.header), tmp_path / "clipped.nii")
     of_clipped = replace(case, case_id="clipped", images=(tmp_path / "clipped.nii",))
-    found = prepared(model, [case], tmp_path / "set", input_clip=(-60.0, 75.0))
+    found = prepared(model, [case], tmp_path / "set", rules=InputRules((-60.0, 75.0)))
     expected = prepared(model, [of_clipped], tmp_path / "other")
     np.testing.assert_array_equal(stored(found, "case")[0], stored(expected, "clipped")[0])
     assert np.any(stored(found, "case")[0] != stored(prepared(model, [case], tmp_path / "third"), "case")[0])
@@ -276,7 +277,7 @@ def test_other_plans_or_another_input_range_make_other_cases(
     found = [
         prepared(model, cases, tmp_path / "set"),
         prepared(finer, cases, tmp_path / "set"),
-        prepared(finer, cases, tmp_path / "set", input_clip=(-50.0, 50.0)),
+        prepared(finer, cases, tmp_path / "set", rules=InputRules((-50.0, 50.0))),
     ]
     assert len(counted) == 6
     assert len({name for one in found for name in one.cases}) == 6

@@ -21,9 +21,11 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from mshub.card_tables import AS_STORED, InputRules
 from mshub.cases import ReviewedCase
 from mshub.dataset_json import read_labels
 from mshub.errors import MSHubError, TrainingError
+from mshub.geometry import Volume
 from mshub.label_rules import IGNORE
 from mshub.nnunet.model_writing import write_model_folder
 from mshub.nnunet.reading import read_channels
@@ -42,7 +44,7 @@ def plan_model(
     cases: Sequence[ReviewedCase],
     work: Path,
     seed: int,
-    input_clip: tuple[float, float] | None = None,
+    rules: InputRules = AS_STORED,
 ) -> Path:
     """Let nnU-Net look at the cases and plan a network; returns a model folder with random weights.
 
@@ -56,8 +58,8 @@ def plan_model(
         For nnU-Net's own folders.
     seed : int
         Of the weights.
-    input_clip : (float, float), optional
-        Intensities are truncated to this range before nnU-Net sees them, as the model's card says.
+    rules : InputRules
+        What is done to every image before nnU-Net sees it, as the model's card says.
 
     Raises
     ------
@@ -71,7 +73,7 @@ def plan_model(
             f"None of the {len(cases)} cases has all structures reviewed ({', '.join(structures)}), so nothing says "
             "what background is. Review all of them in at least one case."
         )
-    written = _write_raw_dataset(dataset, whole, work / "raw" / NAME, input_clip)
+    written = _write_raw_dataset(dataset, whole, work / "raw" / NAME, rules)
     folders = {"nnUNet_raw": "raw", "nnUNet_preprocessed": "preprocessed", "nnUNet_results": "results"}
     with _environment({variable: str(work / folder) for variable, folder in folders.items()}, nnUNet_n_proc_DA="1"):
         plans = _plan(written)
@@ -115,9 +117,7 @@ def _plan(cases: int) -> dict[str, Any]:
     return plans
 
 
-def _write_raw_dataset(
-    dataset: dict[str, Any], cases: Sequence[ReviewedCase], raw: Path, input_clip: tuple[float, float] | None
-) -> int:
+def _write_raw_dataset(dataset: dict[str, Any], cases: Sequence[ReviewedCase], raw: Path, rules: InputRules) -> int:
     """Write nnU-Net's raw dataset; returns how many of the cases are in it: not those that cannot be read."""
     shutil.rmtree(raw, ignore_errors=True)
     for name in ("imagesTr", "labelsTr"):
@@ -125,7 +125,7 @@ def _write_raw_dataset(
     refusals = []
     for number, case in enumerate(cases):
         try:
-            _write_raw_case(dataset, case, raw, f"case{number:05d}", input_clip)
+            _write_raw_case(dataset, case, raw, f"case{number:05d}", rules)
         except MSHubError as error:  # the training leaves it out too, and says so
             logger.warning("%s is not planned with: %s", case.case_id, error)
             refusals.append(f"{case.case_id}: {error}")
@@ -137,9 +137,7 @@ def _write_raw_dataset(
     return written
 
 
-def _write_raw_case(
-    dataset: dict[str, Any], case: ReviewedCase, raw: Path, name: str, input_clip: tuple[float, float] | None
-) -> None:
+def _write_raw_case(dataset: dict[str, Any], case: ReviewedCase, raw: Path, name: str, rules: InputRules) -> None:
     """Write one case: any readable format becomes NIfTI, labels become the integers of `dataset`."""
     trained = training_dataset(dataset)
     targets, ignore = read_labels(trained).predicted, trained["labels"][IGNORE]
@@ -147,9 +145,14 @@ def _write_raw_case(
     label = read_reviewed_label(case, volumes[0].grid)
     array = training_labels(label, case.values, case.reviewed, targets, ignore)
     for channel, volume in enumerate(volumes):
-        array_xyz = volume.array_xyz if input_clip is None else np.clip(volume.array_xyz, *input_clip)
-        write_nifti(raw / "imagesTr" / f"{name}_{channel:04d}{ENDING}", array_xyz, volume.grid)
-    write_nifti(raw / "labelsTr" / f"{name}{ENDING}", array, volumes[0].grid)
+        array_xyz = volume.array_xyz if rules.clip is None else np.clip(volume.array_xyz, *rules.clip)
+        _write_turned(raw / "imagesTr" / f"{name}_{channel:04d}{ENDING}", Volume(array_xyz, volume.grid), rules)
+    _write_turned(raw / "labelsTr" / f"{name}{ENDING}", Volume(array, volumes[0].grid), rules)
+
+
+def _write_turned(path: Path, volume: Volume, rules: InputRules) -> None:
+    turned = volume.turned(rules.orientation) if rules.orientation else volume
+    write_nifti(path, turned.array_xyz, turned.grid)
 
 
 def _mirror_axes(structures: Sequence[str], patch: Sequence[int]) -> tuple[int, ...] | None:

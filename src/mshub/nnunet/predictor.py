@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import nibabel as nib
 import numpy as np
 import torch
 
+from mshub.card_tables import AS_STORED, InputRules
 from mshub.errors import GeometryError, MSHubError, PredictionError
 from mshub.geometry import Volume
 from mshub.nnunet.devices import resolve_device
 from mshub.nnunet.folder import ModelFolder
 from mshub.nnunet.network_cache import NetworkCache
-from mshub.nnunet.reading import read_as_nnunet, read_channels
+from mshub.nnunet.reading import read_as_nnunet, read_channels, write_as_input
 from mshub.nnunet.sliding_window import Progress
 
 logger = logging.getLogger(__name__)
@@ -63,14 +62,14 @@ class PredictOptions:
         Folds to ensemble; empty means every fold the folder has.
     device : str
         ``auto``, ``cpu``, ``cuda``, ``cuda:1``...
-    input_clip : tuple of (float, float), optional
-        Intensities, in the image's own units (HU for CT), are truncated to this range before nnU-Net sees them.
+    rules : InputRules
+        What is done to the image before nnU-Net sees it, as the model's card says.
     """
 
     profile: Profile = PROFILES["accurate"]
     folds: tuple[str, ...] = ()
     device: str = "auto"
-    input_clip: tuple[float, float] | None = None
+    rules: InputRules = AS_STORED
 
 
 @dataclass(frozen=True)
@@ -161,9 +160,9 @@ class NNUNetPredictor:
         device = resolve_device(options.device)
         try:
             reader = self.folder.plans_manager.image_reader_writer_class()
-            data, properties = read_as_nnunet(images, volumes, reader, options.input_clip)
+            data, properties = read_as_nnunet(images, volumes, reader, options.rules)
             segmentation = self._segment(data, properties, folds, device, options.profile, progress, clock)
-            array_xyz = _to_input_axes(segmentation, properties, reader)
+            array_xyz = write_as_input(segmentation, properties, reader, volumes[0], options.rules.orientation)
         except MSHubError:
             raise
         except torch.OutOfMemoryError as error:
@@ -223,20 +222,10 @@ class NNUNetPredictor:
             "folds": list(folds),
             "profile": options.profile.name,
             "device": str(device),
-            "input_clip": list(options.input_clip) if options.input_clip else None,
+            "input_clip": list(options.rules.clip) if options.rules.clip else None,
+            **({"orientation": options.rules.orientation} if options.rules.orientation else {}),
             **({"inference": "nnU-Net v1"} if self.folder.predicts_as_v1 else {}),
         }
-
-
-def _to_input_axes(segmentation: np.ndarray[Any, Any], properties: dict[str, Any], reader: Any) -> np.ndarray[Any, Any]:
-    """Return the segmentation in the index order of the input file, axes x, y, z.
-
-    The reader's own writer undoes whatever reorientation it did when reading.
-    """
-    with tempfile.TemporaryDirectory(prefix="mshub-") as scratch:
-        path = Path(scratch) / "segmentation.nii"
-        reader.write_seg(segmentation, str(path), properties)
-        return np.array(nib.load(path).dataobj)
 
 
 class _Clock:

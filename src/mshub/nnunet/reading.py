@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 
+from mshub.card_tables import AS_STORED, InputRules
 from mshub.errors import CaseError, ChannelError
-from mshub.geometry import Array, Grid, Volume, check_channels
+from mshub.geometry import Array, Volume, check_channels
 from mshub.volume_io import read_volume, write_nifti
 
 
@@ -42,20 +44,19 @@ def read_channels(images: Sequence[Path], names: Sequence[str]) -> list[Volume]:
 
 
 def read_as_nnunet(
-    images: Sequence[Path], volumes: Sequence[Volume], reader: Any, input_clip: tuple[float, float] | None = None
+    images: Sequence[Path], volumes: Sequence[Volume], reader: Any, rules: InputRules = AS_STORED
 ) -> tuple[Array, dict[str, Any]]:
     """Read the channels of one case with the reader of a model's plans.
 
     The file itself goes to nnU-Net's reader where that can read it, so that rounding of the spacing is nnU-Net's own;
-    other formats pass through a NIfTI file on the same grid.
+    other formats, and images that have to be turned, pass through a NIfTI file on the same grid.
 
     Parameters
     ----------
     images, volumes : sequence
         One file or DICOM folder per channel, and the same as `mshub.volume_io` read it.
     reader : nnunetv2 BaseReaderWriter
-    input_clip : (float, float), optional
-        Intensities are truncated to this range.
+    rules : InputRules
 
     Returns
     -------
@@ -70,7 +71,7 @@ def read_as_nnunet(
     """
     with tempfile.TemporaryDirectory(prefix="mshub-") as scratch:
         paths = [
-            str(_readable_path(path, volume, reader, Path(scratch) / f"{index:04d}.nii"))
+            str(_readable_path(path, volume, reader, rules.orientation, Path(scratch) / f"{index:04d}.nii"))
             for index, (path, volume) in enumerate(zip(images, volumes, strict=True))
         ]
         try:
@@ -80,22 +81,61 @@ def read_as_nnunet(
                 f"{images[0].name}: nnU-Net's reader {type(reader).__name__} cannot read it ({error}). Save it "
                 "again as NIfTI with 3D Slicer or SimpleITK."
             ) from error
-    if input_clip is not None:
-        np.clip(data, *input_clip, out=data)
+    if rules.clip is not None:
+        np.clip(data, *rules.clip, out=data)
     return data, properties
 
 
-def read_label_as_nnunet(label_xyz: Array, grid: Grid, reader: Any) -> Array:
-    """Return a label map as the reader of a model's plans turns it, axes (1, z, y, x)."""
+def read_label_as_nnunet(label: Volume, reader: Any, orientation: str | None = None) -> Array:
+    """Return a label map as the reader of a model's plans turns it, axes (1, z, y, x); see `InputRules.orientation`."""
     with tempfile.TemporaryDirectory(prefix="mshub-") as scratch:
         path = Path(scratch) / "label.nii"
-        write_nifti(path, label_xyz, grid)
+        turned = label.turned(orientation) if orientation else label
+        write_nifti(path, turned.array_xyz, turned.grid)
         segmentation: Array = reader.read_seg(str(path))[0]
     return segmentation
 
 
-def _readable_path(path: Path, volume: Volume, reader: Any, scratch: Path) -> Path:
-    if path.is_file() and path.name.lower().endswith(tuple(reader.supported_file_endings)):
+def write_as_input(
+    segmentation: Array, properties: dict[str, Any], reader: Any, image: Volume, orientation: str | None = None
+) -> Array:
+    """Return nnU-Net's segmentation in the index order of the input file.
+
+    The reader's own writer undoes whatever reorientation it did when reading.
+
+    Parameters
+    ----------
+    segmentation : ndarray, axes (z, y, x)
+        On the reader's grid.
+    properties : dict
+        nnU-Net's, of the case.
+    reader : nnunetv2 BaseReaderWriter
+    image : Volume
+        The input.
+    orientation : str, optional
+        What the image was turned to before.
+
+    Returns
+    -------
+    ndarray, axes (x, y, z)
+        Not of the image's shape if the reader is at fault.
+    """
+    with tempfile.TemporaryDirectory(prefix="mshub-") as scratch:
+        path = Path(scratch) / "segmentation.nii"
+        reader.write_seg(segmentation, str(path), properties)
+        array_xyz: Array = np.array(nib.load(path).dataobj)
+    if not orientation or image.grid.orientation == orientation:
+        return array_xyz
+    turned = image.turned(orientation)
+    if array_xyz.shape != turned.grid.shape_xyz:
+        return array_xyz
+    return Volume(array_xyz, turned.grid).turned(image.grid.orientation).array_xyz
+
+
+def _readable_path(path: Path, volume: Volume, reader: Any, orientation: str | None, scratch: Path) -> Path:
+    turned = volume.turned(orientation) if orientation and volume.grid.orientation != orientation else None
+    if turned is None and path.is_file() and path.name.lower().endswith(tuple(reader.supported_file_endings)):
         return path
-    write_nifti(scratch, volume.array_xyz, volume.grid)
+    chosen = turned or volume
+    write_nifti(scratch, chosen.array_xyz, chosen.grid)
     return scratch

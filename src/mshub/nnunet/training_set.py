@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
 
 from mshub.atomic_file import replace_json
+from mshub.card_tables import AS_STORED, InputRules
 from mshub.cases import ReviewedCase
 from mshub.dataset_json import read_labels
 from mshub.errors import CaseError, LabelError, MSHubError, TrainingError
@@ -68,7 +69,7 @@ def prepare(
     folder: Path,
     predict: Predict | None,
     on_case: Callable[[int], None],
-    input_clip: tuple[float, float] | None = None,
+    rules: InputRules = AS_STORED,
 ) -> TrainingSet:
     """Preprocess the cases that are not in `folder` yet, and remove those that are no longer needed.
 
@@ -87,7 +88,7 @@ def prepare(
         none, in a training from scratch.
     on_case : callable
         Called with the number of cases done.
-    input_clip : (float, float), optional
+    rules : InputRules
         As for predictions.
 
     Raises
@@ -101,9 +102,9 @@ def prepare(
     left_out: dict[str, str] = {}
     for number, case in enumerate(cases):
         try:
-            identifier = _identifier(case, model, predict, input_clip)
+            identifier = _identifier(case, model, predict, rules)
             if not (folder / f"{identifier}.json").is_file():
-                _preprocess(model, dataset, case, folder, identifier, predict, input_clip)
+                _preprocess(model, dataset, case, folder, identifier, predict, rules)
             prepared[identifier] = case
         except MSHubError as error:  # one bad case of many must not cost the others
             logger.warning("%s is left out: %s", case.case_id, error)
@@ -129,12 +130,10 @@ def _has_unknown(folder: Path, prepared: Collection[str], left_out: Mapping[str,
     return any(case["unknown"] for case in facts)
 
 
-def _identifier(
-    case: ReviewedCase, model: ModelFolder, predict: Predict | None, input_clip: tuple[float, float] | None
-) -> str:
+def _identifier(case: ReviewedCase, model: ModelFolder, predict: Predict | None, rules: InputRules) -> str:
     names = model.labels.names
     asked = None if predict is None or len(case.structures(names)) == len(names) else str(model.path)
-    facts = [model.plans, model.configuration, model.dataset, input_clip, asked]
+    facts = [model.plans, model.configuration, model.dataset, astuple(rules), asked]
     return hashlib.sha256((json.dumps(facts, sort_keys=True, default=str) + case.digest).encode()).hexdigest()[:32]
 
 
@@ -145,14 +144,14 @@ def _preprocess(
     folder: Path,
     identifier: str,
     predict: Predict | None,
-    input_clip: tuple[float, float] | None,
+    rules: InputRules,
 ) -> None:
     """Write one case as nnU-Net's preprocessor does; the small JSON file comes last and says that it is whole."""
     volumes = read_channels(case.images, model.channels)
     reader = model.plans_manager.image_reader_writer_class()
-    data, properties = read_as_nnunet(case.images, volumes, reader, input_clip)
+    data, properties = read_as_nnunet(case.images, volumes, reader, rules)
     trained = _trained_labels(model, dataset, case, volumes[0], predict)
-    segmentation = read_label_as_nnunet(trained, volumes[0].grid, reader)
+    segmentation = read_label_as_nnunet(Volume(trained, volumes[0].grid), reader, rules.orientation)
     try:
         data, segmentation, properties = _preprocessed(model, dataset, data, segmentation, properties)
     except Exception as error:

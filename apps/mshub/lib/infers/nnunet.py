@@ -124,7 +124,7 @@ class NNUNetInferTask(InferTask):  # type: ignore[misc]
             profile=PROFILES[profile],
             folds=_folds(request.get("folds")),
             device=str(request.get("device") or self._config_options.device),
-            input_clip=version.card.input_clip,
+            rules=version.card.input_rules,
         )
 
 
