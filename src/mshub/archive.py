@@ -13,18 +13,20 @@ from __future__ import annotations
 
 import re
 import shutil
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from mshub.errors import ModelFolderError, MSHubError, StoreError
-from mshub.sources import EXPECTED_MODEL, Source, listed_folder, opened_zip, refuse_inner_path
+from mshub.model_layouts import STATE_SUFFIXES, V1, V2, Layout
+from mshub.sources import EXPECTED_MODEL, Source, listed_folder, opened_file, opened_zip, refuse_inner_path
 
 __all__ = [
     "MAX_BYTES",
     "MAX_MEMBERS",
     "extract_model",
+    "extract_state",
     "find_model_roots",
 ]
 
@@ -32,51 +34,6 @@ MAX_BYTES = 64 * 1024**3
 MAX_MEMBERS = 10_000
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """How one generation of nnU-Net lays out a trained model.
-
-    Attributes
-    ----------
-    checkpoint, member, fold : re.Pattern
-        Match a checkpoint anywhere (``root``); what is copied, relative to the root (``checkpoint``: which of the two
-        kinds); the name of a fold's folder.
-    required : tuple of str
-        Files a root has.
-    final, best : str
-        Names of the checkpoints, for people.
-    """
-
-    checkpoint: re.Pattern[str]
-    member: re.Pattern[str]
-    fold: re.Pattern[str]
-    required: tuple[str, ...]
-    final: str
-    best: str
-
-
-_V2 = _Layout(
-    checkpoint=re.compile(r"(?P<root>.*?)/?fold_(?:\d+|all)/checkpoint_[^/]+\.pth"),
-    member=re.compile(
-        r"(?:dataset|plans|dataset_fingerprint)\.json|(?:LICENSE|README)[^/]*|"
-        r"fold_(?:\d+|all)/checkpoint_(?P<checkpoint>final|best)\.pth"
-    ),
-    fold=re.compile(r"fold_(?:\d+|all)"),
-    required=("dataset.json", "plans.json"),
-    final="checkpoint_final.pth",
-    best="checkpoint_best.pth",
-)
-_V1 = _Layout(
-    checkpoint=re.compile(r"(?P<root>.*?)/?(?:fold_(?:\d+|all)|(?<![^/])all)/model_[^/]+\.model\.pkl"),
-    member=re.compile(
-        r"plans\.pkl|(?:LICENSE|README)[^/]*|"
-        r"(?:fold_(?:\d+|all)|all)/model_(?P<checkpoint>final_checkpoint|best)\.model(?:\.pkl)?"
-    ),
-    fold=re.compile(r"fold_(?:\d+|all)|all"),
-    required=(),
-    final="model_final_checkpoint.model",
-    best="model_best.model",
-)
 _TEXT = re.compile(r"(?:LICENSE|README).*|.*\.(?:txt|md|pdf|docx)")
 
 
@@ -109,8 +66,8 @@ def extract_model(
 
     Copied are ``dataset.json``, ``plans.json``, ``dataset_fingerprint.json``, ``LICENSE*``, ``README*`` and, of every
     fold, ``checkpoint_final.pth``; ``checkpoint_best.pth`` only if no fold has a final one. Of a model of nnU-Net v1:
-    ``plans.pkl``, ``LICENSE*``, ``README*`` and ``model_final_checkpoint.model`` (or ``model_best.model``) with its
-    ``.model.pkl``.
+    ``plans.pkl``, ``postprocessing.json``, ``LICENSE*``, ``README*`` and ``model_final_checkpoint.model`` (or
+    ``model_best.model``) with its ``.model.pkl``.
 
     Parameters
     ----------
@@ -153,6 +110,50 @@ def extract_model(
     return chosen
 
 
+def extract_state(source: Path, target: Path) -> bool:
+    """Copy a bare state file, weights of nnU-Net v1 without their plans.
+
+    Parameters
+    ----------
+    source : Path
+        The file itself, or a folder or zip that holds no model, and one such file.
+    target : Path
+        File to write.
+
+    Returns
+    -------
+    bool
+        False, and nothing is written, where `source` holds something else.
+
+    Raises
+    ------
+    StoreError
+        As `extract_model`.
+    """
+    with opened_file(source) if _is_state(source) else _opened(source, MAX_MEMBERS) as tree:
+        states = [] if _roots(tree) else [name for name in tree.files if name.lower().endswith(STATE_SUFFIXES)]
+        if _is_state(source):
+            states = list(tree.files)
+        if len(states) != 1:
+            return False
+        _check_size(tree.files[states[0]], target.parent, MAX_BYTES)
+        tree.copy(states[0], target)
+    return True
+
+
+def _is_state(path: Path) -> bool:
+    """Return whether a file is what torch saved, by its name or as a zip with torch's own members."""
+    if not path.is_file():
+        return False
+    if path.suffix.lower() in STATE_SUFFIXES:
+        return True
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(PurePosixPath(name).parts[1:] == ("data.pkl",) for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return False
+
+
 @contextmanager
 def _opened(source: Path, max_members: int) -> Iterator[Source]:
     if not source.exists():
@@ -175,7 +176,7 @@ def _only_zip(folder: Source) -> Path | None:
 
 
 def _roots(tree: Source) -> list[str]:
-    found = [root for layout in (_V2, _V1) for root in _roots_of(tree, layout)]
+    found = [root for layout in (V2, V1) for root in _roots_of(tree, layout)]
     # A link to a model beside it is the same model.
     unique: dict[str, str] = {}
     for root in sorted(found, key=lambda root: (root.count("/"), root)):
@@ -183,7 +184,7 @@ def _roots(tree: Source) -> list[str]:
     return list(unique.values())
 
 
-def _roots_of(tree: Source, layout: _Layout) -> list[str]:
+def _roots_of(tree: Source, layout: Layout) -> list[str]:
     matches = (layout.checkpoint.fullmatch(name) for name in tree.files)
     candidates = {match["root"] or "." for match in matches if match}
     return [root for root in candidates if {_join(root, name) for name in layout.required} <= tree.files.keys()]
@@ -210,7 +211,7 @@ def _chosen_root(tree: Source, root: str | None) -> str:
 
 def _members(tree: Source, root: str) -> dict[str, str]:
     """Return what to copy: path below the model root -> name in the tree."""
-    layout = _V2 if root in _roots_of(tree, _V2) else _V1
+    layout = V2 if root in _roots_of(tree, V2) else V1
     prefix = "" if root == "." else f"{root}/"
     _check_links(tree, prefix, layout)
     relative = {name[len(prefix) :]: name for name in tree.files if name.startswith(prefix)}
@@ -225,7 +226,7 @@ def _members(tree: Source, root: str) -> dict[str, str]:
     return {name: relative[name] for name, match in matches.items() if match["checkpoint"] in wanted}
 
 
-def _check_links(tree: Source, prefix: str, layout: _Layout) -> None:
+def _check_links(tree: Source, prefix: str, layout: Layout) -> None:
     """Refuse a model of which a needed part is a link out of the source: leaving it out would change the ensemble."""
     for name, destination in tree.links_out.items():
         relative = name[len(prefix) :] if name.startswith(prefix) else ""
@@ -257,13 +258,14 @@ def _diagnosis(names: list[str]) -> str:
     if any(name.endswith(".model") for name in basenames):
         return (
             "There are weights of nnU-Net v1, but model_final_checkpoint.model.pkl, which says whose they are, is not "
-            "beside them in fold_X or all. Expected the folder nnU-Net v1 wrote: ask the model's makers for it."
+            "beside them in fold_X or all. Expected the folder nnU-Net v1 wrote: ask the model's makers for it, or "
+            "write what its plans say into the card of the model, as [plan]."
         )
     if {"imagesTr", "labelsTr"} & folders:
         return f"It looks like a raw dataset (imagesTr, labelsTr), not a trained model. {EXPECTED_MODEL}"
     if "gt_segmentations" in folders or "nnUNetPlans.json" in basenames:
         return f"It looks like a preprocessed dataset, not a trained model. {EXPECTED_MODEL}"
-    if any(_V2.checkpoint.fullmatch(name) for name in names):
+    if any(V2.checkpoint.fullmatch(name) for name in names):
         missing = " and ".join(sorted({"dataset.json", "plans.json"} - basenames)) or "dataset.json or plans.json"
         return f"There are checkpoints, but {missing} is missing beside the fold folders. {EXPECTED_MODEL}"
     if {"dataset.json", "plans.json"} <= basenames:

@@ -94,6 +94,8 @@ class Plan(Table):
         Structures in ascending order of value, without background.
     channels : tuple of str
         Input images in order.
+    features : int
+        Feature maps of the first level.
     patch_size : tuple of int
         Voxels of one tile.
     spacing : tuple of three float
@@ -114,6 +116,7 @@ class Plan(Table):
 
     labels: Annotated[tuple[Text, ...], Field(min_length=1)]
     channels: Annotated[tuple[Text, ...], Field(min_length=1)]
+    features: Size
     patch_size: Annotated[tuple[Size, ...], Field(min_length=2, max_length=3)]
     spacing: tuple[Millimetres, Millimetres, Millimetres]
     normalization: Literal["nonCT", "noNorm"] = "nonCT"

@@ -38,6 +38,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+_RECORDED = (  # what a version's record says of it, beside the card
+    *("channels", "configuration", "folds", "trainer", "reader", "licence", "origin", "created"),
+    *("converted", "trusted"),
+)
 ModelId = Annotated[str, typer.Argument(metavar="ID", help="Model id; see `mshub list`.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -93,9 +97,7 @@ def show(model_id: ModelId, as_json: AsJson = False) -> None:
     facts = {**card.model_dump(mode="json", exclude_none=True), **_summary(card, store)}
     if facts["installed"]:
         record = store.current(model_id).record
-        facts.update(
-            {key: record[key] for key in ("channels", "configuration", "folds", "trainer", "origin", "created")}
-        )
+        facts.update({key: record[key] for key in _RECORDED if key in record})
     if as_json:
         print_json(facts)
         return
@@ -114,11 +116,39 @@ def add(
     ],
     card: Annotated[Path | None, typer.Option(help="Card (TOML) of your own model.")] = None,
     root: Annotated[str | None, typer.Option(help="Which model inside PATH, where there are several.")] = None,
+    origin: Annotated[
+        str | None, typer.Option("--from", help="Where you have it from (an address, a name), for the record.")
+    ] = None,
+    licence: Annotated[str | None, typer.Option(help="Its terms of use, for the record.")] = None,
+    trust: Annotated[
+        bool,
+        typer.Option(
+            "--trust",
+            help="Run the Python code in its files, once, now, with your rights. For makers you trust only; what is "
+            "kept are weights and plain values. Without it, files that need it are refused.",
+        ),
+    ] = False,
 ) -> None:
     """Install a model from a folder or zip; an id that is not in the catalogue makes it your own model."""
-    from mshub.install import add_model
+    from mshub.install import add_model, origin_of
 
-    _report_installed(add_model(ModelStore(), model_id, path, card_path=card, root=root))
+    if trust:
+        err.print(
+            f"[bold yellow]--trust:[/] code inside {escape(str(path))} may run on this computer with your rights.",
+            soft_wrap=True,
+        )
+    _report_installed(
+        add_model(
+            ModelStore(),
+            model_id,
+            path,
+            card_path=card,
+            root=root,
+            origin=origin_of(path, origin),
+            licence=licence,
+            trust=trust,
+        )
+    )
 
 
 @app.command()
@@ -468,5 +498,10 @@ def _summary(card: ModelCard, store: ModelStore) -> dict[str, Any]:
 def _report_installed(version: ModelVersion) -> None:
     names = ", ".join(version.record["labels"])
     out.print(f"[green]{version.model_id} {version.version}[/] is installed: {escape(names)}.", soft_wrap=True)
+    out.print(f"Licence: {escape(version.record['licence'] or 'unknown; note it with --licence')}.", soft_wrap=True)
+    for name in version.record.get("trusted", []):
+        out.print(
+            f"[yellow]Code in {escape(name)} was run, as asked; the installed file holds none.[/]", soft_wrap=True
+        )
     if version.version != ModelStore().current(version.model_id).version:
         out.print(f"Another version is serving; switch with `mshub promote {version.model_id} {version.version}`.")

@@ -10,6 +10,7 @@
     |   |-- ModelNotAvailable  the model is known but not installed here
     |   `-- DownloadError      the weights could not be fetched
     |-- ModelFolderError       a folder that is no usable nnU-Net model
+    |   `-- UnsafeModelError   opening one of its files would run somebody's code
     |-- CaseError              an image that cannot be segmented
     |   |-- GeometryError      its grid is degenerate, or two grids differ
     |   `-- ChannelError       the wrong number or kind of channels
@@ -59,6 +60,10 @@ class DownloadError(StoreError):
 
 class ModelFolderError(MSHubError):
     code = "model-folder"
+
+
+class UnsafeModelError(ModelFolderError):
+    code = "unsafe-model"
 
 
 class CaseError(MSHubError):

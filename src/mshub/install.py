@@ -14,17 +14,20 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 import mshub
-from mshub.archive import extract_model
+from mshub.archive import extract_model, extract_state
 from mshub.bundled import sample_data
 from mshub.catalogue import Catalogue, ModelCard, draft_card, dump_card, load_card
+from mshub.checksums import file_sha256
 from mshub.errors import CatalogueError, LabelError, ModelFolderError, ModelNotAvailable, StoreError
 from mshub.fetch import fetch_weights
 from mshub.nnunet.engine import check_weights
 from mshub.nnunet.folder import ModelFolder
-from mshub.nnunet.v1_conversion import convert_v1_folder
+from mshub.nnunet.trusted import make_plain
+from mshub.nnunet.v1_conversion import convert_v1_folder, convert_v1_state
 from mshub.nnunet.v1_files import is_v1_folder
 from mshub.store import ModelStore, ModelVersion, writable_folder
 
+STATE = "state.model"  # what a bare state file is called while it is converted
 DownloadProgress = Callable[[int, int | None], None]
 """Called with (bytes so far, bytes in all or None)."""
 
@@ -37,6 +40,8 @@ def add_model(
     card_path: Path | None = None,
     root: str | None = None,
     origin: Mapping[str, str] | None = None,
+    licence: str | None = None,
+    trust: bool = False,
 ) -> ModelVersion:
     """Install a model from a folder or zip.
 
@@ -46,13 +51,18 @@ def add_model(
     model_id : str
         An id of the catalogue, or a new one for a lab's own model.
     source : Path
-        Folder or zip that holds the nnU-Net model at any sane depth. A model of nnU-Net v1 is converted.
+        Folder or zip that holds the nnU-Net model at any sane depth. A model of nnU-Net v1 is converted; of one whose
+        card has a plan, the bare state file is enough.
     card_path : Path, optional
         Card of a lab's own model; drafted from ``dataset.json`` when absent.
     root : str, optional
         Which model inside `source`, where there are several.
     origin : mapping, optional
-        Where `source` came from, for the record; default: the name of the file or folder.
+        Where `source` came from, for the record; default: the name of the file or folder, and the sha256 of a file.
+    licence : str, optional
+        Terms of use, for the record; default: those of the card, else the first line of the model's licence file.
+    trust : bool
+        Open files that hold Python code, **and run it**: see `mshub.nnunet.trusted`.
 
     Returns
     -------
@@ -69,19 +79,38 @@ def add_model(
     with store.staging() as staging:
         model = staging / "model"
         model.mkdir()
-        extract_model(source, model, root=root)
-        is_v1 = is_v1_folder(model)
+        is_bare = bool(card and card.plan) and extract_state(source, model / STATE)
+        if not is_bare:
+            extract_model(source, model, root=root)
+        trusted = make_plain(model) if trust else []
+        is_v1 = is_bare or is_v1_folder(model)
         if is_v1:
             model = _converted(model, staging / "converted", card)
         folder = ModelFolder.open(model)
-        card = card or _drafted_card(model_id, folder)
+        card = _with_licence(card or _drafted_card(model_id, folder), licence, model)
         _check_against_card(folder, card)
         check_weights(folder)
-        record = version_record(folder, card, origin or {"how": "added", "from": source.name})
-        version = store.publish(model_id, model, record | ({"converted": "nnU-Net v1"} if is_v1 else {}))
+        record = version_record(folder, card, origin or origin_of(source))
+        record |= {"converted": "nnU-Net v1"} if is_v1 else {}
+        record |= {"trusted": trusted} if trusted else {}
+        version = store.publish(model_id, model, record)
     if card_path or model_id not in known:
         store.keep_card(card)
     return version
+
+
+def origin_of(source: Path, page: str | None = None) -> dict[str, str]:
+    """Return what a version's record says of where its weights come from.
+
+    Parameters
+    ----------
+    source : Path
+        Folder or file they were added from; of a file, the sha256 is noted.
+    page : str, optional
+        Where a person has them from.
+    """
+    origin = {"how": "added", "from": page or source.name}
+    return origin | ({"sha256": file_sha256(source)} if source.is_file() else {})
 
 
 def fetch_model(store: ModelStore, model_id: str, progress: DownloadProgress | None = None) -> ModelVersion:
@@ -151,6 +180,9 @@ def _chosen_card(known: Catalogue, model_id: str, card_path: Path | None) -> Mod
 
 def _converted(v1: Path, target: Path, card: ModelCard | None) -> Path:
     """Convert the v1 model in `v1`, with the names its card has for labels and channels; returns `target`."""
+    if card and card.plan and (v1 / STATE).exists():
+        convert_v1_state(v1 / STATE, target, card.plan)
+        return target
     convert_v1_folder(
         v1,
         target,
@@ -161,6 +193,17 @@ def _converted(v1: Path, target: Path, card: ModelCard | None) -> Path:
     for text in [*v1.glob("LICENSE*"), *v1.glob("README*")]:
         shutil.copy(text, target / text.name)
     return target
+
+
+def _with_licence(card: ModelCard, given: str | None, model: Path) -> ModelCard:
+    """Return the card with the terms a person names, else its own, else those of the licence file in the model."""
+    licence = given or card.licence or next(filter(None, map(_first_words, sorted(model.glob("LICENSE*")))), None)
+    return card.model_copy(update={"licence": licence})
+
+
+def _first_words(path: Path) -> str | None:
+    lines = (line.strip() for line in path.read_text(encoding="utf-8", errors="replace")[:4096].splitlines())
+    return next((f"{line[:120]} ({path.name})" for line in lines if line), None)
 
 
 def _drafted_card(model_id: str, folder: ModelFolder) -> ModelCard:

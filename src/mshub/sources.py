@@ -128,6 +128,20 @@ def listed_folder(path: Path) -> Source:
 
 
 @contextmanager
+def opened_file(path: Path) -> Iterator[Source]:
+    """Show one file as a source that holds nothing else.
+
+    Raises
+    ------
+    StoreError
+        It lies inside a model folder.
+    """
+    refuse_inner_path(path)
+    top = path.resolve()
+    yield Source(top.parent, {top.name: top.stat().st_size}, lambda name: (top.parent / name).open("rb"))
+
+
+@contextmanager
 def opened_zip(path: Path, max_members: int) -> Iterator[Source]:
     """Open a zip for as long as the context lasts; depth and hidden files as `listed_folder`.
 

@@ -158,7 +158,7 @@ def test_a_model_that_is_not_installed_is_shown_from_its_card(run: Run) -> None:
 
 def test_a_model_is_added_and_its_structures_are_named(run: Run, store: ModelStore, liver_spleen: Path) -> None:
     result = run("add", "tiny", liver_spleen)
-    assert result == Result(0, "tiny v1 is installed: liver, spleen.\n", "")
+    assert result == Result(0, "tiny v1 is installed: liver, spleen.\nLicence: unknown; note it with --licence.\n", "")
     assert store.installed() == ["tiny"]
 
 

@@ -28,7 +28,7 @@ from mshub.errors import (
     ModelNotAvailable,
     StoreError,
 )
-from mshub.install import add_model, fetch_model
+from mshub.install import add_model, fetch_model, origin_of
 from mshub.nnunet.folder import ModelFolder
 from mshub.store import ModelStore
 
@@ -92,7 +92,7 @@ def test_a_model_is_installed_from(source: str, store: ModelStore, liver_spleen:
     assert store.current("tiny") == version
     assert store.verify("tiny") == version
     assert ModelFolder.open(version.model_path).labels.names == ("liver", "spleen")
-    assert version.record["origin"] == {"how": "added", "from": path.name}
+    assert version.record["origin"] == origin_of(path)
     assert list((store.home / "staging").iterdir()) == []
 
 
@@ -103,6 +103,38 @@ def test_the_source_is_left_as_it_was(store: ModelStore, liver_spleen: Path) -> 
     assert {path: (found.st_size, found.st_mode, found.st_mtime_ns) for path, found in before.items()} == {
         path: (found.st_size, found.st_mode, found.st_mtime_ns) for path, found in after.items()
     }
+
+
+def test_the_origin_is_recorded_with_the_checksum_of_a_file(
+    store: ModelStore, liver_spleen: Path, tmp_path: Path
+) -> None:
+    path = zipped(liver_spleen, tmp_path / "model.zip")
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert origin_of(path) == {"how": "added", "from": "model.zip", "sha256": sha256}
+    assert origin_of(liver_spleen) == {"how": "added", "from": liver_spleen.name}
+    named = add_model(store, "tiny", path, origin=origin_of(path, "https://example.org/record/1"))
+    assert named.record["origin"] == {"how": "added", "from": "https://example.org/record/1", "sha256": sha256}
+
+
+@pytest.mark.parametrize(
+    ("given", "file", "in_dataset", "expected"),
+    [
+        ("CC0", "CC BY 4.0", "CC BY-SA", "CC0"),
+        (None, "\n CC BY 4.0 \nmore", "CC BY-SA", "CC BY-SA"),
+        (None, "\n CC BY 4.0 \nmore", None, "CC BY 4.0 (LICENSE.txt)"),
+        (None, "\n", None, None),
+        (None, None, None, None),
+    ],
+)
+def test_the_licence_is_the_one_given_or_that_of_the_card_or_that_of_the_file(
+    store: ModelStore, tmp_path: Path, given: str | None, file: str | None, in_dataset: str | None, expected: str | None
+) -> None:
+    folder = make_model_folder(tmp_path / "model", dataset_extra={"licence": in_dataset} if in_dataset else None)
+    if file is not None:
+        (folder / "LICENSE.txt").write_text(file)
+    version = add_model(store, "tiny", folder, licence=given)
+    assert (version.record["licence"], version.card.licence) == (expected, expected)
+    assert store.catalogue().get("tiny").licence == expected
 
 
 def test_a_version_records_what_a_server_tells_of_it(store: ModelStore, two_channels: Path) -> None:

@@ -17,14 +17,16 @@ LIBRARY, APP = ROOT / "src" / "mshub", ROOT / "apps" / "mshub"
 # Lowest first; a module may import those before it. Modules of one package count as one where only it is listed.
 LIBRARY_LAYERS = (
     *("errors", "atomic_file", "label_rules", "dataset_json", "labels", "card_tables", "model_card", "card_draft"),
-    *("catalogue", "checksums", "sources", "archive", "downloads", "http_file", "drive", "fetch", "store"),
+    *("catalogue", "checksums", "sources", "model_layouts", "archive", "downloads", "http_file", "drive"),
+    *("fetch", "store"),
     *("image_limits", "geometry", "image_file", "nifti", "itk_files", "dicom_series", "volume_io", "corrections"),
     *("cases", "case_folders", "training_labels", "doubts", "scores", "recipe", "gate", "holdout", "jobs", "lineage"),
     *("report.contents", "report.words", "report.comparisons", "report.curves", "report.canvas", "report.slices"),
     "report.page",
-    *("nnunet.folder", "nnunet.devices", "nnunet.sliding_window", "nnunet.preprocessing", "nnunet.engine"),
-    *("nnunet.network_cache", "nnunet.reading", "nnunet.predictor", "nnunet.model_writing", "nnunet.v1_files"),
-    *("nnunet.v1_network", "nnunet.v1_conversion", "nnunet.planning", "nnunet.training_set", "nnunet.trainer"),
+    *("nnunet.pieces", "nnunet.postprocessing", "nnunet.folder", "nnunet.devices", "nnunet.sliding_window"),
+    *("nnunet.preprocessing", "nnunet.engine", "nnunet.network_cache", "nnunet.reading", "nnunet.predictor"),
+    *("nnunet.model_writing", "nnunet.v1_files", "nnunet.v1_network", "nnunet.v1_plans"),
+    *("nnunet.v1_conversion", "nnunet.trusted", "nnunet.planning", "nnunet.training_set", "nnunet.trainer"),
     *("evaluation", "bundled", "install", "round_report", "rounds", "worker", "serve", "console", "cli", "__main__"),
 )
 APP_LAYERS = (

@@ -15,7 +15,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from mshub.archive import extract_model, find_model_roots
 from mshub.catalogue import load_card
 from mshub.errors import LabelError, ModelFolderError, StoreError
-from mshub.install import add_model
+from mshub.install import add_model, origin_of
 from mshub.nnunet.engine import Engine
 from mshub.nnunet.folder import ModelFolder
 from mshub.nnunet.model_writing import write_trained
@@ -73,7 +73,7 @@ def test_a_release_is_installed_from(source: str, store: ModelStore, release: Pa
     }[source]()
     version = add_model(store, "our-tumour", path)
     assert version.record["converted"] == "nnU-Net v1"
-    assert version.record["origin"] == {"how": "added", "from": path.name}
+    assert version.record["origin"] == origin_of(path)
     assert set(version.record["files"]) == {"dataset.json", "plans.json", "LICENSE.txt", "fold_0/checkpoint_final.pth"}
     assert store.verify("our-tumour") == version
     assert list((store.home / "staging").iterdir()) == []

@@ -6,6 +6,7 @@ Nothing here is safe to call from two threads at once; `mshub.nnunet.network_cac
 from __future__ import annotations
 
 import pydoc
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 
 from mshub.errors import ModelFolderError, PredictionError
 from mshub.nnunet.folder import ModelFolder
+from mshub.nnunet.postprocessing import keep_largest
 from mshub.nnunet.preprocessing import preprocessor_of
 from mshub.nnunet.sliding_window import ProbabilityWindow, Progress, SlidingWindow
 
@@ -102,7 +104,7 @@ class Engine:
         segmentation: Array = convert_predicted_logits_to_segmentation_with_correct_shape(
             logits.numpy(), self._plans, self._configuration, self._window.label_manager, properties
         )
-        return segmentation
+        return keep_largest(segmentation, self._folder.keeps_largest, float(np.prod(properties["spacing"])))
 
 
 def check_weights(folder: ModelFolder) -> None:
@@ -141,7 +143,7 @@ def load_network(folder: ModelFolder, weights: dict[str, Any], *, deep_supervisi
     try:
         network: torch.nn.Module = get_network_from_plans(
             architecture,
-            configuration.network_arch_init_kwargs,
+            _arguments(configuration, weights),
             configuration.network_arch_init_kwargs_req_import,
             determine_num_input_channels(folder.plans_manager, configuration, folder.dataset),
             folder.plans_manager.get_label_manager(folder.dataset).num_segmentation_heads,
@@ -150,12 +152,25 @@ def load_network(folder: ModelFolder, weights: dict[str, Any], *, deep_supervisi
         )
         network.load_state_dict(weights)
     except (ImportError, RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        lines = [line.strip() for line in (str(error) or type(error).__name__).splitlines()[:2]]
+        reason = " ".join(lines)[:400]
         raise ModelFolderError(
             f"The weights do not fit the architecture in plans.json ({architecture}): {reason}. The trainer "
             f"{folder.trainer} probably builds its own network, which MSHub does not run."
         ) from error
     return network
+
+
+def _arguments(configuration: Any, weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the network's arguments; weights that keep running statistics belong to nnUNetTrainerBN's network.
+
+    That trainer takes batch normalisation whatever the plans say.
+    """
+    arguments = dict(configuration.network_arch_init_kwargs)
+    if any(name.endswith(".running_mean") for name in weights):
+        arguments["norm_op"] = f"torch.nn.modules.batchnorm.BatchNorm{len(configuration.patch_size)}d"
+        arguments["norm_op_kwargs"] = {"eps": 1e-5, "affine": True}
+    return arguments
 
 
 def _checked_architecture(folder: ModelFolder) -> str:

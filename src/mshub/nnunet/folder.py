@@ -8,7 +8,7 @@ import json
 import logging
 import pickle
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,14 +19,20 @@ import numpy as np
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-from mshub.errors import ModelFolderError
+from mshub.errors import ModelFolderError, UnsafeModelError
 from mshub.labels import LabelMap
+from mshub.nnunet.pieces import check_architecture, check_pieces
+from mshub.nnunet.postprocessing import KEEP_LARGEST, check_rules
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_NAMES = ("checkpoint_final.pth", "checkpoint_best.pth")
+TRUST = (
+    "Nothing was executed. Only if you trust its makers with this computer: `mshub add --trust` runs what is in it, "
+    "once, and keeps weights and plain values."
+)
 V1_INFERENCE = "mshub_predicts_as_nnunet_v1"  # in plans.json; nnU-Net itself ignores it
-READERS = ("SimpleITKIO", "NibabelIO", "NibabelIOWithReorient", "SimpleITKIOWithReorient")
+_WRAPPERS = ("_orig_mod.", "module.")  # of torch.compile and of data-parallel trainings
 
 
 def _numpy_safe_globals() -> list[Any]:
@@ -44,7 +50,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     ModelFolderError
         The file is damaged, is no nnU-Net checkpoint, or holds Python objects that would have to be executed.
     """
-    return _check_checkpoint(load_tensors(path), path)
+    return checked_checkpoint(load_tensors(path), path)
 
 
 def load_tensors(path: Path) -> Any:
@@ -52,17 +58,19 @@ def load_tensors(path: Path) -> Any:
 
     Raises
     ------
+    UnsafeModelError
+        It holds Python objects that would have to be executed.
     ModelFolderError
-        The file is damaged, or holds Python objects that would have to be executed.
+        It is damaged.
     """
     try:
         with torch.serialization.safe_globals(_numpy_safe_globals()):
             # Checkpoints older than torch's zip format cannot be memory-mapped.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        raise ModelFolderError(
+        raise UnsafeModelError(
             f"{path.name} was not loaded: it holds more than weights ({first_line(error)}). Expected tensors and "
-            "plain values only; ask its makers for a checkpoint saved by nnU-Net itself."
+            f"plain values only; ask its makers for a checkpoint saved by nnU-Net itself. {TRUST}"
         ) from error
     except Exception as error:  # a damaged stream raises whatever its bytes happen to mean
         raise ModelFolderError(
@@ -71,7 +79,14 @@ def load_tensors(path: Path) -> Any:
         ) from error
 
 
-def _check_checkpoint(checkpoint: Any, path: Path) -> dict[str, Any]:
+def checked_checkpoint(checkpoint: Any, path: Path) -> dict[str, Any]:
+    """Return the content of an nnU-Net v2 checkpoint, weights under the network's own names.
+
+    Raises
+    ------
+    ModelFolderError
+        It is none.
+    """
     expected = ("network_weights", "init_args", "trainer_name")
     missing = [key for key in expected if not isinstance(checkpoint, dict) or key not in checkpoint]
     if missing:
@@ -79,7 +94,19 @@ def _check_checkpoint(checkpoint: Any, path: Path) -> dict[str, Any]:
             f"{path.name} is no nnU-Net v2 checkpoint: {', '.join(missing)} not found in it. Expected the "
             "checkpoint_final.pth that nnU-Net v2 writes into fold_X."
         )
-    return dict(checkpoint)
+    return {**checkpoint, "network_weights": _unwrapped(checkpoint["network_weights"], path)}
+
+
+def _unwrapped(weights: Any, path: Path) -> dict[str, Any]:
+    """Return a state dict without the names torch puts before those of a network it wraps."""
+    if not isinstance(weights, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
+        raise ModelFolderError(
+            f"{path.name} is no nnU-Net v2 checkpoint: its network_weights are not tensors by name. Copy it again."
+        )
+    names = {str(name): tensor for name, tensor in weights.items()}
+    for wrapper in _WRAPPERS:
+        names = {name.removeprefix(wrapper): tensor for name, tensor in names.items()}
+    return names
 
 
 @contextmanager
@@ -193,6 +220,11 @@ class ModelFolder:
         """Whether the model is one of nnU-Net v1, to be predicted with as v1 did."""
         return bool(self.plans.get(V1_INFERENCE))
 
+    @property
+    def keeps_largest(self) -> list[dict[str, Any]]:
+        """Which structures are reduced to their largest component: see `mshub.nnunet.postprocessing`."""
+        return list(self.plans.get(KEEP_LARGEST) or ())
+
     @cached_property
     def plans_manager(self) -> PlansManager:
         """nnU-Net's own view of `plans`."""
@@ -210,11 +242,9 @@ class ModelFolder:
     def _validate(self) -> None:
         if not self.channels:
             raise ModelFolderError("dataset.json names no input channels: expected channel_names such as {'0': 'CT'}.")
-        if self.reader not in READERS:
-            raise ModelFolderError(
-                f"The model was trained with the image reader {self.reader}; MSHub serves volumes read by "
-                f"{', '.join(READERS)}."
-            )
+        check_architecture(self.plans["configurations"][self.configuration])
+        check_pieces(self.plans, self.configuration_manager.configuration)
+        check_rules(self.keeps_largest)
         if self.configuration_manager.previous_stage_name:
             raise ModelFolderError(
                 f"{self.configuration} is the second stage of a cascade and needs the segmentation of "

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from mshub.errors import ModelFolderError
-from mshub.nnunet.folder import first_line, load_tensors
+from mshub.errors import ModelFolderError, UnsafeModelError
+from mshub.nnunet.folder import TRUST, first_line, load_tensors
 
 CHECKPOINTS = ("model_final_checkpoint.model", "model_best.model")
 MAX_PICKLE_BYTES = 256 * 2**20
@@ -71,9 +71,8 @@ class V1Checkpoint:
         ModelFolderError
             The file is damaged, holds more than tensors and plain values, or is no v1 checkpoint.
         """
-        content = load_tensors(self.path)
-        state = content.get("state_dict") if isinstance(content, Mapping) else None
-        if not isinstance(state, Mapping) or not state:
+        state = state_of(load_tensors(self.path))
+        if not state:
             raise ModelFolderError(
                 f"{self.path.name} is no nnU-Net v1 checkpoint: state_dict not found in it. Expected the file that "
                 "nnU-Net v1 writes into its fold folders; copy the model again."
@@ -82,6 +81,15 @@ class V1Checkpoint:
         if odd:
             raise ModelFolderError(f"{self.path.name}: {odd[0]} is no tensor. Expected weights only; copy it again.")
         return {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def state_of(content: Any) -> Mapping[Any, Any] | None:
+    """Return the state dict in what v1 gave to torch, or that is all there is."""
+    if not isinstance(content, Mapping):
+        return None
+    is_bare = all(isinstance(tensor, torch.Tensor) for tensor in content.values())
+    state = content if is_bare else content.get("state_dict")
+    return state if isinstance(state, Mapping) else None
 
 
 def is_v1_folder(path: Path) -> bool:
@@ -213,9 +221,9 @@ class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _stand_ins():
             return _stand_ins()[module, name]
-        raise ModelFolderError(
+        raise UnsafeModelError(
             f"{self._name} was not read: it asks for {module}.{name}, which plans of nnU-Net v1 do not need and which "
-            "could run code. Nothing was executed. Ask the model's makers for the files nnU-Net v1 itself wrote."
+            f"could run code. Ask the model's makers for the files nnU-Net v1 itself wrote. {TRUST}"
         )
 
     def persistent_load(self, pid: Any) -> Any:

@@ -138,8 +138,17 @@ def convert_weights(weights: Weights, architecture: Architecture) -> dict[str, t
         for number, block in enumerate(blocks):
             converted |= _block_tensors(weights, block, f"decoder.stages.{up}.convs.{number}", kernels[depth - 1 - up])
         converted |= _with_bias(weights, f"tu.{up}", f"decoder.transpconvs.{up}", outputs_axis=1)
-        converted |= _with_bias(weights, f"seg_outputs.{up}", f"decoder.seg_layers.{up}", outputs_axis=0)
+        head = f"seg_outputs.{up}.weight"
+        heads = weights if head in weights else {head: _no_head(architecture, depth - 1 - up, weights)}
+        converted |= _with_bias(heads, f"seg_outputs.{up}", f"decoder.seg_layers.{up}", outputs_axis=0)
     return converted
+
+
+def _no_head(architecture: Architecture, level: int, weights: Weights) -> torch.Tensor:
+    """Return zeros for a head of a lower resolution that a release left out: only trainings look at those."""
+    dimension = len(architecture.strides[0])
+    like = next(iter(weights.values()))
+    return like.new_zeros((architecture.heads, architecture.features[level], *(1,) * dimension))
 
 
 def architecture_plan(architecture: Architecture) -> dict[str, Any]:

@@ -244,6 +244,10 @@ def _facts(card: ModelCard, version: ModelVersion) -> dict[str, Any]:
         "training_scans": card.training_scans,
         "dsc": card.dsc,
         "dsc_source": card.dsc_source,
-        "licence": card.licence,
+        "licence": version.record["licence"],
+        "access": card.access,
         "origin": version.record["origin"],
+        "installed": version.record["created"],
+        "converted": version.record.get("converted"),
+        "trusted": version.record.get("trusted", []),
     }
