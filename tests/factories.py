@@ -29,12 +29,14 @@ def make_model_folder(
     checkpoint_name: str = "checkpoint_final.pth",
     trainer: str = "nnUNetTrainer",
     dataset_extra: Mapping[str, Any] | None = None,
+    architecture: Mapping[str, Any] | None = None,
+    configuration: str | None = None,
     seed: int = 0,
 ) -> Path:
     """Write an nnU-Net v2 model folder whose network is real, tiny and untrained; returns `path`.
 
     An untrained network is the hardest case for equality: its label borders run through every part of the image. No
-    class is favoured, so that every one of them occurs.
+    class is favoured, so that every one of them occurs. `architecture` replaces ``network_class_name`` and arguments.
     """
     labels = dict(labels or {"background": 0, "liver": 1, "spleen": 2})
     dataset = {
@@ -44,11 +46,12 @@ def make_model_folder(
         "file_ending": ".nii.gz",
         **(dataset_extra or {}),
     }
-    plans = _plans(reader, list(spacing_zyx_mm), list(patch), list(transpose), len(channels))
+    configuration = configuration or ("2d" if len(patch) == 2 else "3d_fullres")
+    plans = _plans(configuration, reader, list(spacing_zyx_mm), list(patch), list(transpose), len(channels))
+    _replace_architecture(plans["configurations"][configuration]["architecture"], architecture or {})
     path.mkdir(parents=True, exist_ok=True)
     (path / "dataset.json").write_text(json.dumps(dataset))
     (path / "plans.json").write_text(json.dumps(plans))
-    configuration = "2d" if len(patch) == 2 else "3d_fullres"
     heads = _number_of_heads(labels)
     for number, fold in enumerate(folds):
         torch.manual_seed(seed + number)
@@ -88,7 +91,19 @@ def _number_of_heads(labels: Mapping[str, Any]) -> int:
     return len(values) - 1 if has_regions else len(values)
 
 
-def _plans(reader: str, spacing: list[float], patch: list[int], transpose: list[int], channels: int) -> dict[str, Any]:
+def _replace_architecture(plan: dict[str, Any], replacement: Mapping[str, Any]) -> None:
+    for name, value in replacement.items():
+        if name == "network_class_name":
+            plan[name] = value
+        elif value is None:
+            del plan["arch_kwargs"][name]
+        else:
+            plan["arch_kwargs"][name] = value
+
+
+def _plans(
+    name: str, reader: str, spacing: list[float], patch: list[int], transpose: list[int], channels: int
+) -> dict[str, Any]:
     dimension = len(patch)
     convolution = f"torch.nn.modules.conv.Conv{dimension}d"
     normalisation = f"torch.nn.modules.instancenorm.InstanceNorm{dimension}d"
@@ -137,7 +152,7 @@ def _plans(reader: str, spacing: list[float], patch: list[int], transpose: list[
         "image_reader_writer": reader,
         "transpose_forward": transpose,
         "transpose_backward": [transpose.index(axis) for axis in range(3)],
-        "configurations": {"2d" if dimension == 2 else "3d_fullres": configuration},
+        "configurations": {name: configuration},
         "experiment_planner_used": "ExperimentPlanner",
         "label_manager": "LabelManager",
         "foreground_intensity_properties_per_channel": {str(index): statistics for index in range(channels)},

@@ -206,7 +206,9 @@ def _check_is_zip(path: Path) -> None:
     # A checkpoint is a zip by content too, so its name decides.
     if path.suffix.lower() in _INNER_FILES:
         refuse_inner_path(path)
-        raise StoreError(f"{path} is a single file. {EXPECTED_MODEL} Pass that folder, or a zip of it.")
+        bare = path.suffix.lower() == ".model"
+        plan = " Weights of nnU-Net v1 by themselves need a [plan] in the model's card." if bare else ""
+        raise StoreError(f"{path} is a single file. {EXPECTED_MODEL} Pass that folder, or a zip of it.{plan}")
     if not path.is_file():
         raise StoreError(
             f"{path} is neither a folder nor a regular file. {EXPECTED_MODEL} Pass that folder, or a zip of it."

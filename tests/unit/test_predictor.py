@@ -26,6 +26,7 @@ from mshub.nnunet.folder import ModelFolder
 from mshub.nnunet.network_cache import NetworkCache
 from mshub.nnunet.predictor import PROFILES, NNUNetPredictor, Prediction, PredictOptions
 from mshub.volume_io import read_grid, read_volume
+from nnunet_itself import nnunet_label
 
 CPU = torch.device("cpu")
 FAST, ACCURATE = PredictOptions(PROFILES["fast"], device="cpu"), PredictOptions(device="cpu")
@@ -46,22 +47,11 @@ def predict(
 # -- equality -----------------------------------------------------------------------------------------------------
 
 
-def nnunet(folder: Path, images: Sequence[Path], output: Path, *, mirroring: bool) -> np.ndarray[Any, Any]:
-    """Return nnU-Net's own segmentation of a case, axes x, y, z, as it lies in the file nnU-Net writes."""
-    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-
-    opened = ModelFolder.open(folder)
-    predictor = nnUNetPredictor(use_mirroring=mirroring, perform_everything_on_device=False, device=CPU)
-    predictor.allow_tqdm = False
-    predictor.initialize_from_trained_model_folder(str(folder), opened.folds, opened.checkpoint_name)
-    output.mkdir()
-    predictor.predict_from_files_sequential([[str(image) for image in images]], [str(output / "case")])
-    return np.asarray(nib.load(output / "case.nii.gz").dataobj)
-
-
 def assert_equal_to_nnunet(folder: Path, images: Sequence[Path], work: Path, options: PredictOptions) -> None:
     prediction = predict(folder, *images, options=options)
-    expected = nnunet(folder, images, work / "reference", mirroring=options.profile.mirroring)
+    opened, mirroring = ModelFolder.open(folder), options.profile.mirroring
+    names = (opened.folds, opened.checkpoint_name)
+    expected = nnunet_label(folder, images, work / "reference", *names, mirroring=mirroring)
     labels = prediction.labels.array_xyz
     assert set(np.unique(expected)) == {0, *prediction.names.values()}, "every class occurs, or the test proves little"
     assert np.count_nonzero(labels != expected) == 0

@@ -7,6 +7,8 @@ import importlib
 import json
 import logging
 import pickle
+import re
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -32,7 +34,9 @@ TRUST = (
     "once, and keeps weights and plain values."
 )
 V1_INFERENCE = "mshub_predicts_as_nnunet_v1"  # in plans.json; nnU-Net itself ignores it
-_WRAPPERS = ("_orig_mod.", "module.")  # of torch.compile and of data-parallel trainings
+_WRAPPERS = re.compile(r"^(?:_orig_mod\.|module\.)+")  # of torch.compile and of data-parallel trainings
+# Plans of nnU-Net 2.0 to 2.3, which it reads well; it warns whoever opens them that it might not.
+warnings.filterwarnings("ignore", message="Detected old nnU-Net plans format")
 
 
 def _numpy_safe_globals() -> list[Any]:
@@ -103,10 +107,7 @@ def _unwrapped(weights: Any, path: Path) -> dict[str, Any]:
         raise ModelFolderError(
             f"{path.name} is no nnU-Net v2 checkpoint: its network_weights are not tensors by name. Copy it again."
         )
-    names = {str(name): tensor for name, tensor in weights.items()}
-    for wrapper in _WRAPPERS:
-        names = {name.removeprefix(wrapper): tensor for name, tensor in names.items()}
-    return names
+    return {_WRAPPERS.sub("", str(name), count=1): tensor for name, tensor in weights.items()}
 
 
 @contextmanager

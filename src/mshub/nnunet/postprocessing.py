@@ -86,8 +86,10 @@ def keep_largest(segmentation: Array, rules: Sequence[Rule], voxel_mm3: float) -
     Returns
     -------
     ndarray
-        A copy; components are connected by faces.
+        A copy, or the same where there is no rule; components are connected by faces.
     """
+    if not rules:
+        return segmentation
     kept = segmentation.copy()
     for rule in rules:
         components, count = ndimage.label(np.isin(kept, rule["classes"]))
