@@ -15,9 +15,9 @@ comma := ,
 export UV_FIND_LINKS ?= $(subst $(empty) $(empty),$(comma),$(strip $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))))
 export MSHUB_HOME ?= $(CURDIR)/.mshub
 
-.PHONY: help serve test check format table samples lock clean
+.PHONY: help serve test check format table samples v1-venv v1-golden lock clean
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 $(BIN)/uv:
 	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 10) <= sys.version_info[:2] <= (3, 12) else "MSHub needs Python 3.10 to 3.12, found " + sys.version.split()[0] + ": run make PYTHON=python3.11")'
@@ -57,14 +57,24 @@ table: $(VENV)/.installed  ## write the model table of README.md from the cards
 samples: $(VENV)/.installed  ## rebuild sample-data/ (phantoms only; bench/train_starter.py trains the model)
 	$(BIN)/python sample-data/generate.py
 
+V1 := .venv-v1
+$(V1)/.installed: requirements-v1.txt | $(BIN)/uv
+	$(PYTHON) -m venv $(V1)
+	$(subst --python $(BIN),--python $(V1)/bin,$(UV)) --requirements requirements-v1.txt
+	@touch $@
+
+v1-venv: $(V1)/.installed  ## nnU-Net v1 itself, in .venv-v1, to compare with
+
+v1-golden: $(V1)/.installed  ## let nnU-Net v1 make what tests compare with (DATA=DIR: real images)
+	$(V1)/bin/python tests/make_v1_golden.py
+	$(V1)/bin/python tests/train_v1.py --data $(or $(DATA),../shared/data)
+
 # torch's own CUDA packages are left out, so that one file serves CPU and GPU: torch brings what its build needs.
 lock: $(BIN)/uv  ## resolve requirements*.in into requirements*.txt
-	UV_FIND_LINKS= $(BIN)/uv pip compile --quiet --universal --python-version 3.10 --no-annotate --no-header requirements.in \
-	  | grep -vE '^(nvidia-|cuda-|triton)' > requirements.tmp
-	mv requirements.tmp requirements.txt
-	UV_FIND_LINKS= $(BIN)/uv pip compile --quiet --universal --python-version 3.10 --no-annotate --no-header requirements-dev.in \
-	  | grep -vE '^(nvidia-|cuda-|triton)' > requirements.tmp
-	mv requirements.tmp requirements-dev.txt
+	for name in requirements requirements-dev requirements-v1; do \
+	  UV_FIND_LINKS= $(BIN)/uv pip compile --quiet --universal --python-version 3.10 --no-annotate --no-header $$name.in \
+	    | grep -vE '^(nvidia-|cuda-|triton)' > requirements.tmp && mv requirements.tmp $$name.txt || exit 1; \
+	done
 
-clean:  ## remove the virtual environment and the server's working state
-	rm -rf $(VENV) .mshub
+clean:  ## remove the virtual environments and the server's working state
+	rm -rf $(VENV) $(V1) .mshub

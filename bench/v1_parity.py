@@ -1,0 +1,105 @@
+"""The road from nnU-Net v2's predictor to what nnU-Net v1 itself predicts, step by step, with trained v1 networks.
+
+    make v1-golden DATA=DIR && python bench/v1_parity.py --data DIR
+
+The first command trains the networks and lets v1 predict (``tests/train_v1.py``); this one predicts the same cases with
+the converted networks in four ways and prints the share of voxels that agree with v1, as a Markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mshub.install import add_model
+from mshub.nnunet import engine as engine_module
+from mshub.nnunet.folder import ModelFolder
+from mshub.nnunet.network_cache import NetworkCache
+from mshub.nnunet.predictor import NNUNetPredictor, PredictOptions
+from mshub.nnunet.preprocessing import V1Preprocessor, preprocessor_of
+from mshub.nnunet.sliding_window import ProbabilityWindow, SlidingWindow
+from mshub.store import ModelStore
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+from v1_trained import case_files  # noqa: E402
+
+WHOLE_MAPS = ROOT / "bench" / "out" / "v1"
+
+
+class HalfProbabilityWindow(ProbabilityWindow):
+    """v1's rule with tiles rounded to half precision before they are added, as v2 stores them."""
+
+    def _internal_maybe_mirror_and_predict(self, x: torch.Tensor) -> torch.Tensor:
+        return super()._internal_maybe_mirror_and_predict(x).half().float()
+
+
+def v2_preprocessor(folder: ModelFolder) -> Any:
+    """Return nnU-Net v2's own preprocessor: it normalises before it resamples."""
+    return folder.configuration_manager.preprocessor_class(verbose=False)
+
+
+STEPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "converted weights in nnU-Net v2's predictor": (SlidingWindow, v2_preprocessor),
+    "+ v1's order of preprocessing": (SlidingWindow, lambda _: V1Preprocessor(verbose=False)),
+    "+ probabilities averaged, not logits; tiles in half precision": (HalfProbabilityWindow, preprocessor_of),
+    "+ float32 (what MSHub does)": (ProbabilityWindow, preprocessor_of),
+}
+
+
+class SteppedCache(NetworkCache):
+    """Engines that predict by one of `STEPS`."""
+
+    def __init__(self, step: str) -> None:
+        super().__init__()
+        self.window, self.preprocessor = STEPS[step]
+
+    def engine(self, folder: ModelFolder, folds: tuple[str, ...], device: torch.device) -> Any:
+        """Return an engine with the step's sliding window and preprocessing."""
+        engine_module.ProbabilityWindow, engine_module.preprocessor_of = self.window, self.preprocessor
+        return super().engine(folder, folds, device)
+
+
+def dice(one: np.ndarray, two: np.ndarray) -> float:
+    """Return the mean Dice over the classes of `two`."""
+    classes = range(1, int(two.max()) + 1)
+    return float(
+        np.mean([2 * ((one == c) & (two == c)).sum() / ((one == c).sum() + (two == c).sum()) for c in classes])
+    )
+
+
+def rows(data: Path, scratch: Path) -> Iterator[list[str]]:
+    """Yield a row of the table per case and step."""
+    store = ModelStore(scratch / "home")
+    for name in ("hippocampus", "brain"):
+        version = add_model(store, name, ROOT / "tests" / "recorded" / f"v1_{name}.zip")
+        folder = ModelFolder.open(version.model_path)
+        for case, images in case_files(name, data, scratch / "cases").items():
+            expected = np.load(WHOLE_MAPS / f"{name}_{case}.npz")["label"]
+            for step in STEPS:
+                predictor = NNUNetPredictor(folder, SteppedCache(step))
+                label = predictor.predict(images, PredictOptions(device="cpu")).labels.array_xyz
+                same = np.mean(label == expected)
+                yield [case, step, f"{same:.4%}", str(int((label != expected).sum())), f"{dice(label, expected):.4f}"]
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    arguments = parser.parse_args()
+    print("| case | how it is predicted | same voxels | others | Dice of the two |\n|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as scratch:
+        for row in rows(arguments.data, Path(scratch)):
+            print("|", " | ".join(row), "|", flush=True)
+
+
+if __name__ == "__main__":
+    main()
