@@ -5,8 +5,8 @@ Needs an environment of its own, which has nnU-Net v1 and not v2::
     make v1-golden
 
 Per model: ``<name>_logits``, the network's output for `v1_patch`, axes (class, *patch), float32; and ``<name>_labels``,
-the label map ``predict_cases`` writes with its defaults (mirroring, step 0.5, CPU), axes (x, y, z), uint8. Per setting of
-``v1_components.py``: ``components_<setting>``, what v1's postprocessing keeps of a label map.
+the label map ``predict_cases`` writes with its defaults (mirroring, step 0.5, CPU), axes (x, y, z), uint8. Per setting
+of ``v1_components.py``: ``components_<setting>``, what v1's postprocessing keeps of a label map.
 """
 
 from __future__ import annotations

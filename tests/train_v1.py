@@ -157,8 +157,8 @@ def _link_hippocampus(data: Path, raw: Path) -> list[str]:
 def _write_brain(data: Path, raw: Path) -> list[str]:
     """Write the one study, with classes of FLAIR intensity in the place of a label, which nobody drew.
 
-    Both channels are smoothed (Gaussian, 2 mm). The head is where T1post exceeds 15 % of its 99th percentile; its voxels
-    are class 1, from the 45th percentile of FLAIR inside the head on class 2, from the 80th on class 3.
+    Both channels are smoothed (Gaussian, 2 mm). The head is where T1post exceeds 15 % of its 99th percentile; it is
+    class 1, from the 45th percentile of FLAIR inside the head on class 2, from the 80th on class 3.
     """
     files = write_brain_case(data, raw / "imagesTr")
     t1, flair = (sitk.GetArrayFromImage(_smoothed(file)) for file in files)

@@ -246,9 +246,17 @@ def _no_model(tree: Source) -> MSHubError:
     if tree.links_out and not names:
         return _outside(tree, *next(iter(tree.links_out.items())))
     more = f"\n  ... and {len(names) - 10} more" if len(names) > 10 else ""
-    links = "".join(f"\n  {name} -> {to} (a link that leaves it: not followed)" for name, to in tree.links_out.items())
-    seen = "".join(f"\n  {name}" for name in names[:10]) + more + links or " nothing"
+    links = "".join(
+        f"\n  {_in_a_line(name)} -> {_in_a_line(to)} (a link that leaves it: not followed)"
+        for name, to in list(tree.links_out.items())[:10]
+    )
+    seen = "".join(f"\n  {_in_a_line(name)}" for name in names[:10]) + more + links or " nothing"
     return ModelFolderError(f"{tree.path} holds no nnU-Net model. {_diagnosis(names)} Found:{seen}")
+
+
+def _in_a_line(name: str) -> str:
+    """Return a name as it may stand in a list: one with a line break would forge the next line."""
+    return name if name.isprintable() else ascii(name)
 
 
 def _diagnosis(names: list[str]) -> str:

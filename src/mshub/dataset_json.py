@@ -13,7 +13,7 @@ from functools import partial
 from operator import itemgetter
 from typing import Any
 
-from mshub.label_rules import BACKGROUND, IGNORE, is_integer, listed, refusal, refuse_similar_names
+from mshub.label_rules import BACKGROUND, IGNORE, MAX_VALUE, is_integer, listed, refusal, refuse_similar_names
 
 _Declared = list[tuple[str, tuple[int, ...]]]
 _refusal = partial(refusal, fix="use the dataset.json the model was trained with")
@@ -105,12 +105,12 @@ def _declared_by_v1(labels: Mapping[Any, str]) -> _Declared:
 
 def _integers(name: str, value: object) -> tuple[int, ...]:
     items = list(value) if isinstance(value, (list, tuple)) else [value]
-    usable = tuple(int(item) for item in items if is_integer(item) and item >= 0)
+    usable = tuple(int(item) for item in items if is_integer(item) and 0 <= item <= MAX_VALUE)
     if not usable or len(usable) != len(items):
         raise _refusal(
             f"Label {name!r} in dataset.json has an impossible value",
             found=repr(value),
-            expected="an integer >= 0 or, for a region, a list of them",
+            expected=f"an integer from 0 to {MAX_VALUE:,} or, for a region, a list of them",
         )
     return usable
 
@@ -157,12 +157,13 @@ def _channel_values(structures: _Declared) -> dict[str, int]:
 def _region_values(structures: _Declared, dataset: Mapping[str, object]) -> dict[str, int]:
     names = [name for name, values in structures if set(values) != {0}]  # nnU-Net gives a background region no value
     order = dataset.get("regions_class_order")
-    values = [value for value in order if is_integer(value) and value > 0] if isinstance(order, (list, tuple)) else []
+    listed_order = order if isinstance(order, (list, tuple)) else []
+    values = [value for value in listed_order if is_integer(value) and 0 < value <= MAX_VALUE]
     if not isinstance(order, (list, tuple)) or not len(order) == len(values) == len(names):
         raise _refusal(
             "A region-based model needs 'regions_class_order' in dataset.json",
             found=f"regions_class_order: {order!r}",
-            expected=f"{len(names)} positive integers, one for each of {listed(names)}",
+            expected=f"{len(names)} positive integers up to {MAX_VALUE:,}, one for each of {listed(names)}",
         )
     value_of = dict(zip(names, map(int, values), strict=True))
     _refuse_shared_values(list(value_of.items()))

@@ -24,12 +24,25 @@ Every message says what was found, what was expected, and how to fix it. `code` 
 
 from __future__ import annotations
 
+LONGEST_MESSAGE = 4000  # strangers' files are quoted: none of them may fill a screen, or command a terminal
+
 
 class MSHubError(Exception):
     """Base of all errors raised on purpose by MSHub."""
 
     code: str = "error"
     http_status: int = 400
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(legible(message))
+
+
+def legible(text: str) -> str:
+    """Return a text as it may be printed: control characters are spelled out, and it has an end."""
+    shown = "".join(
+        sign if sign.isprintable() or sign == "\n" else ascii(sign)[1:-1] for sign in text[:LONGEST_MESSAGE]
+    )
+    return shown + (f"... ({len(text):,} characters)" if len(text) > LONGEST_MESSAGE else "")
 
 
 class ConfigError(MSHubError):

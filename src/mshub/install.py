@@ -202,7 +202,8 @@ def _with_licence(card: ModelCard, given: str | None, model: Path) -> ModelCard:
 
 
 def _first_words(path: Path) -> str | None:
-    lines = (line.strip() for line in path.read_text(encoding="utf-8", errors="replace")[:4096].splitlines())
+    with path.open(encoding="utf-8", errors="replace") as text:
+        lines = ("".join(filter(str.isprintable, line)).strip() for line in text.read(4096).splitlines())
     return next((f"{line[:120]} ({path.name})" for line in lines if line), None)
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import TypeGuard
+from unicodedata import category
 
 import numpy as np
 
@@ -13,6 +14,8 @@ from mshub.errors import LabelError
 
 BACKGROUND = "background"
 IGNORE = "ignore"
+MOST_LISTED = 150  # a message may name every structure of the largest models
+MAX_VALUE = 2**16 - 1  # nnU-Net writes label maps of 16 bits
 
 
 def refuse_unfit_names(names: Sequence[str]) -> None:
@@ -35,6 +38,14 @@ def refuse_similar_names(names: Sequence[str]) -> None:
         Lists the names.
     """
     counts = Counter(fold(name) for name in names)
+    unprintable = [name for name in names if any(category(sign) in ("Cc", "Cs") for sign in name)]
+    if unprintable:
+        raise refusal(
+            "Label names hold characters that cannot be shown",
+            found=listed(map(ascii, unprintable)),
+            expected="text",
+            fix="rename them in dataset.json or in the card",
+        )
     unfit = [name for name in names if counts[fold(name)] > 1 or not fold(name)]
     if unfit:
         raise refusal(
@@ -62,8 +73,10 @@ def is_integer(value: object) -> TypeGuard[int]:
 
 
 def listed(items: Iterable[object]) -> str:
-    """Return the items as messages show them."""
-    return ", ".join(map(str, items))
+    """Return the items as messages show them, at most `MOST_LISTED`."""
+    texts = list(map(str, items))
+    more = f" and {len(texts) - MOST_LISTED:,} more" if len(texts) > MOST_LISTED else ""
+    return ", ".join(texts[:MOST_LISTED]) + more
 
 
 def refusal(problem: str, *, found: str, expected: str, fix: str) -> LabelError:

@@ -15,8 +15,9 @@ import torch
 
 from factories import make_model_folder
 from mshub.errors import LabelError, ModelFolderError
+from mshub.nnunet.checkpoints import load_checkpoint
 from mshub.nnunet.engine import Engine
-from mshub.nnunet.folder import ModelFolder, load_checkpoint
+from mshub.nnunet.folder import ModelFolder
 
 CPU = torch.device("cpu")
 

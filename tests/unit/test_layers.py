@@ -23,7 +23,8 @@ LIBRARY_LAYERS = (
     *("cases", "case_folders", "training_labels", "doubts", "scores", "recipe", "gate", "holdout", "jobs", "lineage"),
     *("report.contents", "report.words", "report.comparisons", "report.curves", "report.canvas", "report.slices"),
     "report.page",
-    *("nnunet.pieces", "nnunet.postprocessing", "nnunet.folder", "nnunet.devices", "nnunet.sliding_window"),
+    *("nnunet.pickle_limits", "nnunet.checkpoints", "nnunet.pieces", "nnunet.postprocessing", "nnunet.folder"),
+    *("nnunet.devices", "nnunet.sliding_window"),
     *("nnunet.preprocessing", "nnunet.engine", "nnunet.network_cache", "nnunet.reading", "nnunet.predictor"),
     *("nnunet.model_writing", "nnunet.v1_files", "nnunet.v1_network", "nnunet.v1_plans"),
     *("nnunet.v1_conversion", "nnunet.trusted", "nnunet.planning", "nnunet.training_set", "nnunet.trainer"),
@@ -136,7 +137,7 @@ def test_only_the_nnunet_package_knows_torch(name: str) -> None:
 
 def test_the_walk_sees_imports_inside_functions() -> None:
     assert "mshub.nnunet.predictor.PROFILES" in set(imports("mshub.cli"))
-    assert "numpy.core.multiarray" in set(imports("mshub.nnunet.folder"))
+    assert "numpy.core.multiarray" in set(imports("mshub.nnunet.checkpoints"))
 
 
 @pytest.mark.parametrize(

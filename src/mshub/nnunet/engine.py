@@ -24,7 +24,13 @@ from mshub.nnunet.sliding_window import ProbabilityWindow, Progress, SlidingWind
 Array = np.ndarray[Any, Any]
 
 NETWORKS = "dynamic_network_architectures."
-LAYERS = (NETWORKS, "torch.nn.")
+_NORMALISATIONS = ("instancenorm", "batchnorm", "normalization", "linear")  # of `linear`, Identity
+LAYERS = {  # what the plans may name for an argument: layers that keep the size of an image
+    "conv_op": ("torch.nn.modules.conv",),
+    "norm_op": tuple(f"torch.nn.modules.{name}" for name in _NORMALISATIONS),
+    "dropout_op": ("torch.nn.modules.dropout",),
+    "nonlin": ("torch.nn.modules.activation",),
+}
 
 
 class Engine:
@@ -140,8 +146,9 @@ def load_network(folder: ModelFolder, weights: dict[str, Any], *, deep_supervisi
     """
     configuration = folder.configuration_manager
     architecture = _checked_architecture(folder)
-    try:
-        network: torch.nn.Module = get_network_from_plans(
+
+    def built() -> torch.nn.Module:
+        return get_network_from_plans(
             architecture,
             _arguments(configuration, weights),
             configuration.network_arch_init_kwargs_req_import,
@@ -150,6 +157,11 @@ def load_network(folder: ModelFolder, weights: dict[str, Any], *, deep_supervisi
             allow_init=False,
             deep_supervision=deep_supervision,
         )
+
+    try:
+        with torch.device("meta"):  # takes no memory, whatever sizes the plans ask for
+            built().load_state_dict(weights, assign=True)
+        network = built()
         network.load_state_dict(weights)
     except (ImportError, RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
         lines = [line.strip() for line in (str(error) or type(error).__name__).splitlines()[:2]]
@@ -179,14 +191,14 @@ def _checked_architecture(folder: ModelFolder) -> str:
     try:
         architecture = str(configuration.network_arch_class_name)
         arguments = configuration.network_arch_init_kwargs
-        layers = [arguments.get(key) for key in configuration.network_arch_init_kwargs_req_import]
+        layers = {key: arguments.get(key) for key in configuration.network_arch_init_kwargs_req_import}
     except (KeyError, TypeError, AttributeError) as error:
         raise ModelFolderError(
             f"plans.json does not describe the network as nnU-Net v2 does ({type(error).__name__}: {error}). Copy the "
             "model folder again."
         ) from error
     network = _network_class(architecture)
-    foreign = [str(name) for name in layers if name is not None and _module_class(name, LAYERS) is None]
+    foreign = [str(name) for key, name in layers.items() if name is not None and not _is_layer(key, name)]
     if foreign or network is None:
         raise ModelFolderError(
             f"plans.json asks for the custom architecture {', '.join([architecture, *foreign])}. MSHub builds only the "
@@ -199,6 +211,11 @@ def _network_class(name: str) -> type | None:
     """Return the class `name` stands for, also where old plans give the module it was in earlier."""
     moved = f"{NETWORKS}architectures.unet.{name.rpartition('.')[2]}" if name.startswith(NETWORKS) else ""
     return _module_class(name, NETWORKS) or _module_class(moved, NETWORKS)
+
+
+def _is_layer(key: str, name: Any) -> bool:
+    found = _module_class(name, "torch.nn.") or _module_class(name, NETWORKS)
+    return found is not None and found.__module__ in LAYERS.get(key, ())
 
 
 def _module_class(name: Any, packages: str | tuple[str, ...]) -> type | None:

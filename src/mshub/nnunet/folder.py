@@ -2,112 +2,31 @@
 
 from __future__ import annotations
 
-import codecs
-import importlib
 import json
 import logging
-import pickle
-import re
 import warnings
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-from mshub.errors import ModelFolderError, UnsafeModelError
+from mshub.errors import ModelFolderError
 from mshub.labels import LabelMap
-from mshub.nnunet.pieces import check_architecture, check_pieces
+from mshub.nnunet.checkpoints import first_line, load_checkpoint
+from mshub.nnunet.pieces import check_architecture, check_pieces, check_sizes
 from mshub.nnunet.postprocessing import KEEP_LARGEST, check_rules
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_NAMES = ("checkpoint_final.pth", "checkpoint_best.pth")
-TRUST = (
-    "Nothing was executed. Only if you trust its makers with this computer: `mshub add --trust` runs what is in it, "
-    "once, and keeps weights and plain values."
-)
 V1_INFERENCE = "mshub_predicts_as_nnunet_v1"  # in plans.json; nnU-Net itself ignores it
-_WRAPPERS = re.compile(r"^(?:_orig_mod\.|module\.)+")  # of torch.compile and of data-parallel trainings
+MAX_JSON_BYTES = 16 * 2**20
 # Plans of nnU-Net 2.0 to 2.3, which it reads well; it warns whoever opens them that it might not.
 warnings.filterwarnings("ignore", message="Detected old nnU-Net plans format")
-
-
-def _numpy_safe_globals() -> list[Any]:
-    """Return what an nnU-Net checkpoint's training log pickles beside tensors: numpy scalars and their dtypes."""
-    scalar = importlib.import_module("numpy.core.multiarray").scalar  # has no public name
-    dtypes = [type(np.dtype(code)) for code in ("f4", "f8", "i4", "i8", "b1")]
-    return [scalar, (scalar, "numpy._core.multiarray.scalar"), np.dtype, codecs.encode, *dtypes]
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Load an nnU-Net v2 checkpoint onto the CPU; see `load_tensors`.
-
-    Raises
-    ------
-    ModelFolderError
-        The file is damaged, is no nnU-Net checkpoint, or holds Python objects that would have to be executed.
-    """
-    return checked_checkpoint(load_tensors(path), path)
-
-
-def load_tensors(path: Path) -> Any:
-    """Load what torch saved onto the CPU with `weights_only=True`: tensors and plain values.
-
-    Raises
-    ------
-    UnsafeModelError
-        It holds Python objects that would have to be executed.
-    ModelFolderError
-        It is damaged.
-    """
-    try:
-        with torch.serialization.safe_globals(_numpy_safe_globals()):
-            # Checkpoints older than torch's zip format cannot be memory-mapped.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        raise UnsafeModelError(
-            f"{path.name} was not loaded: it holds more than weights ({first_line(error)}). Expected tensors and "
-            f"plain values only; ask its makers for a checkpoint saved by nnU-Net itself. {TRUST}"
-        ) from error
-    except Exception as error:  # a damaged stream raises whatever its bytes happen to mean
-        raise ModelFolderError(
-            f"{path.name} cannot be read as a torch checkpoint ({first_line(error)}). It is probably an incomplete "
-            "download: fetch or copy it again."
-        ) from error
-
-
-def checked_checkpoint(checkpoint: Any, path: Path) -> dict[str, Any]:
-    """Return the content of an nnU-Net v2 checkpoint, weights under the network's own names.
-
-    Raises
-    ------
-    ModelFolderError
-        It is none.
-    """
-    expected = ("network_weights", "init_args", "trainer_name")
-    missing = [key for key in expected if not isinstance(checkpoint, dict) or key not in checkpoint]
-    if missing:
-        raise ModelFolderError(
-            f"{path.name} is no nnU-Net v2 checkpoint: {', '.join(missing)} not found in it. Expected the "
-            "checkpoint_final.pth that nnU-Net v2 writes into fold_X."
-        )
-    return {**checkpoint, "network_weights": _unwrapped(checkpoint["network_weights"], path)}
-
-
-def _unwrapped(weights: Any, path: Path) -> dict[str, Any]:
-    """Return a state dict without the names torch puts before those of a network it wraps."""
-    if not isinstance(weights, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
-        raise ModelFolderError(
-            f"{path.name} is no nnU-Net v2 checkpoint: its network_weights are not tensors by name. Copy it again."
-        )
-    return {_WRAPPERS.sub("", str(name), count=1): tensor for name, tensor in weights.items()}
 
 
 @contextmanager
@@ -122,21 +41,23 @@ def _explained() -> Iterator[None]:
         ) from error
 
 
-def first_line(error: BaseException) -> str:
-    """Return what an error of a library says, short enough for a message of ours."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ModelFolderError(
+                f"{path.name} has {path.stat().st_size:,} bytes; at most {MAX_JSON_BYTES:,} are read. Check that this "
+                "is the file nnU-Net wrote."
+            )
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ModelFolderError(
             f"{path.parent} is no nnU-Net v2 model folder: {path.name} is missing. Expected dataset.json, plans.json "
             "and fold_X/checkpoint_final.pth side by side."
         ) from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelFolderError(f"{path.name} cannot be read: {error}. Copy the model folder again.") from error
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, numbers without end
+        raise ModelFolderError(
+            f"{path.name} cannot be read: {first_line(error)}. Copy the model folder again."
+        ) from error
     if not isinstance(content, dict):
         raise ModelFolderError(f"{path.name} holds a {type(content).__name__}; expected a JSON object.")
     return content
@@ -186,14 +107,13 @@ class ModelFolder:
         checkpoint_name, folds = _find_folds(path)
         checkpoint = load_checkpoint(path / f"fold_{folds[0]}" / checkpoint_name)
         with _explained():
-            axes = checkpoint.get("inference_allowed_mirroring_axes")
             folder = cls(
                 path=path,
                 dataset=dataset,
                 plans=plans,
                 configuration=_configuration_name(checkpoint, plans),
                 trainer=str(checkpoint["trainer_name"]),
-                mirror_axes=None if axes is None else tuple(int(axis) for axis in axes),
+                mirror_axes=_mirror_axes(checkpoint.get("inference_allowed_mirroring_axes")),
                 folds=folds,
                 checkpoint_name=checkpoint_name,
             )
@@ -245,6 +165,7 @@ class ModelFolder:
             raise ModelFolderError("dataset.json names no input channels: expected channel_names such as {'0': 'CT'}.")
         check_architecture(self.plans["configurations"][self.configuration])
         check_pieces(self.plans, self.configuration_manager.configuration)
+        check_sizes(self.configuration_manager.configuration)
         check_rules(self.keeps_largest)
         if self.configuration_manager.previous_stage_name:
             raise ModelFolderError(
@@ -271,8 +192,16 @@ def _find_folds(path: Path) -> tuple[str, tuple[str, ...]]:
     )
 
 
+def _mirror_axes(axes: Any) -> tuple[int, ...] | None:
+    if axes is not None and (not isinstance(axes, (list, tuple)) or len(axes) > 3):
+        raise ValueError("inference_allowed_mirroring_axes are no tuple of at most three axes")
+    return None if axes is None else tuple(int(axis) for axis in axes)
+
+
 def _configuration_name(checkpoint: dict[str, Any], plans: dict[str, Any]) -> str:
-    name = str(checkpoint["init_args"].get("configuration"))
+    name = checkpoint["init_args"].get("configuration")
+    if not isinstance(name, str):
+        raise ValueError("the configuration in init_args is no text")
     known = plans.get("configurations")
     if not isinstance(known, dict) or name not in known:
         raise ModelFolderError(

@@ -7,6 +7,7 @@ that is not listed here is refused when a model is added.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 from mshub.errors import ModelFolderError
@@ -17,6 +18,13 @@ _NORMALISATION = "CT", "ZScore", "No", "RescaleTo01", "RGBTo01"
 NORMALISATIONS = tuple(f"{kind}Normalization" for kind in _NORMALISATION)
 RESAMPLINGS = "resample_data_or_seg_to_shape", "resample_torch_fornnunet", "resample_torch_simple", "no_resampling_hack"
 LABEL_MANAGERS = ("LabelManager",)
+RESAMPLING_ARGUMENTS = {
+    *("is_seg", "order", "order_z", "force_separate_z", "separate_z_anisotropy_threshold"),
+    *("memefficient_seg_resampling", "mode", "aniso_axis_mode"),
+}
+MAX_PATCH_VOXELS = 2**28  # 645 voxels cubed; nnU-Net's own have some millions
+MIN_SPACING, MAX_SPACING = 1e-3, 1e4  # mm; pictures have 999 between slices
+MAX_STAGES, MAX_BLOCKS = 32, 64
 OLD_ARCHITECTURES = ("PlainConvUNet", "ResidualEncoderUNet")
 
 
@@ -34,6 +42,36 @@ def check_architecture(configuration: Mapping[str, Any]) -> None:
             f"plans.json asks for the custom architecture {name}. MSHub builds only nnU-Net's own, "
             f"{' and '.join(OLD_ARCHITECTURES)}."
         )
+
+
+def check_sizes(configuration: Mapping[str, Any]) -> None:
+    """Refuse plans by which a network, or an image resampled for it, would fill any memory.
+
+    Raises
+    ------
+    ModelFolderError
+        Says what is asked for, and what is accepted.
+    """
+    patch, spacing = configuration["patch_size"], configuration["spacing"]
+    architecture = configuration.get("architecture")
+    arguments = architecture.get("arch_kwargs", {}) if isinstance(architecture, Mapping) else {}
+    depths = [arguments.get("n_stages", 1)]
+    blocks = [value for key, values in arguments.items() if key.startswith("n_") for value in _flat(values)]
+    problems = {
+        f"patches of {patch}; at most {MAX_PATCH_VOXELS:,} voxels": not 0 < prod(patch) <= MAX_PATCH_VOXELS,
+        f"a spacing of {spacing} mm; from {MIN_SPACING} to {MAX_SPACING:g}": not all(
+            MIN_SPACING <= size <= MAX_SPACING for size in spacing
+        ),
+        f"{depths[0]:,} resolutions; at most {MAX_STAGES}": not 0 < depths[0] <= MAX_STAGES,
+        f"{max(blocks, default=0):,} blocks in a row; at most {MAX_BLOCKS}": max(blocks, default=0) > MAX_BLOCKS,
+    }
+    for problem, found in problems.items():
+        if found:
+            raise ModelFolderError(f"plans.json asks for {problem} are accepted. Copy the model folder again.")
+
+
+def _flat(values: Any) -> list[Any]:
+    return list(values) if isinstance(values, (list, tuple)) else [values]
 
 
 def check_pieces(plans: Mapping[str, Any], configuration: Mapping[str, Any]) -> None:
@@ -59,6 +97,13 @@ def check_pieces(plans: Mapping[str, Any], configuration: Mapping[str, Any]) -> 
         "normalisation": (list(configuration["normalization_schemes"]), NORMALISATIONS),
         "resampling": (resamplings, RESAMPLINGS),
     }
+    for what in ("data", "seg", "probabilities"):
+        unknown = sorted(set(configuration.get(f"resampling_fn_{what}_kwargs") or ()) - RESAMPLING_ARGUMENTS)
+        if unknown:
+            raise ModelFolderError(
+                f"The model was trained with a resampling that takes {', '.join(unknown)}; MSHub passes on "
+                f"{', '.join(sorted(RESAMPLING_ARGUMENTS))}. Ask its makers for a model without code of their own."
+            )
     for what, (names, known) in asked.items():
         for name in names:
             if name not in known:

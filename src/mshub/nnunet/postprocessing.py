@@ -20,6 +20,7 @@ from mshub.geometry import Array
 
 KEEP_LARGEST = "mshub_keeps_largest_component"  # in plans.json; nnU-Net itself ignores it
 Rule = dict[str, Any]
+MAX_RULES = 1000
 _MAX_BYTES = 10 * 2**20  # it lists scores per case beside what is needed
 
 
@@ -48,6 +49,8 @@ def read_v1_rules(path: Path, classes: int) -> list[Rule]:
             raise ValueError(f"{path.stat().st_size:,} bytes")
         content = json.loads(path.read_text(encoding="utf-8"))
         chosen = content["for_which_classes"]
+        if chosen is not None and len(chosen) > MAX_RULES:
+            raise ValueError(f"{len(chosen):,} classes in for_which_classes, at most {MAX_RULES} are followed")
         sizes = ast.literal_eval(content.get("min_valid_object_sizes", "None"))
         return [_rule(item, sizes, classes) for item in (range(1, classes + 1) if chosen is None else chosen)]
     except (LookupError, TypeError, ValueError, SyntaxError, AttributeError, RecursionError, MemoryError) as error:
@@ -66,6 +69,10 @@ def check_rules(rules: Sequence[Rule]) -> None:
     ModelFolderError
         Names `KEEP_LARGEST`.
     """
+    if len(rules) > MAX_RULES:
+        raise ModelFolderError(
+            f"plans.json: {KEEP_LARGEST} has {len(rules):,} rules; at most {MAX_RULES} are followed."
+        )
     for rule in rules:
         size, values = rule["minimum_mm3"], rule["classes"]
         if not all(type(value) is int for value in values) or not isinstance(size, (int, float, type(None))):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from mshub.errors import ModelFolderError, UnsafeModelError
-from mshub.nnunet.folder import checked_checkpoint, first_line, load_tensors
+from mshub.nnunet.checkpoints import checked_checkpoint, first_line, load_tensors
 from mshub.nnunet.v1_files import read_pickle, state_of
 
 logger = logging.getLogger(__name__)

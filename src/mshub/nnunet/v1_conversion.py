@@ -17,7 +17,7 @@ from pathlib import Path
 
 from mshub.card_tables import Plan
 from mshub.errors import ModelFolderError
-from mshub.nnunet.folder import first_line
+from mshub.nnunet.checkpoints import first_line
 from mshub.nnunet.model_writing import write_model_folder
 from mshub.nnunet.postprocessing import KEEP_LARGEST, read_v1_rules
 from mshub.nnunet.v1_files import V1Checkpoint, read_v1_folder

@@ -21,10 +21,13 @@ import numpy as np
 import torch
 
 from mshub.errors import ModelFolderError, UnsafeModelError
-from mshub.nnunet.folder import TRUST, first_line, load_tensors
+from mshub.nnunet.checkpoints import TRUST, check_bytes, first_line, load_tensors, plain
+from mshub.nnunet.pickle_limits import check_pickle
 
 CHECKPOINTS = ("model_final_checkpoint.model", "model_best.model")
-MAX_PICKLE_BYTES = 256 * 2**20
+MAX_PICKLE_BYTES = 32 * 2**20  # plans of a thousand scans have some hundred kB
+
+MAX_STEPS = 4_000_000  # plans of a thousand scans take some hundred thousand
 
 _FOLD = re.compile(r"(?:fold_)?(?P<name>\d+|all)")
 _STAGE_ARGUMENT = {False: 5, True: 6}  # the distributed trainer takes its rank before
@@ -80,15 +83,17 @@ class V1Checkpoint:
         odd = [str(name) for name, tensor in state.items() if not isinstance(tensor, torch.Tensor)]
         if odd:
             raise ModelFolderError(f"{self.path.name}: {odd[0]} is no tensor. Expected weights only; copy it again.")
+        check_bytes(state, self.path)
         return {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
 
 
 def state_of(content: Any) -> Mapping[Any, Any] | None:
     """Return the state dict in what v1 gave to torch, or that is all there is."""
+    content = plain(content)
     if not isinstance(content, Mapping):
         return None
     is_bare = all(isinstance(tensor, torch.Tensor) for tensor in content.values())
-    state = content if is_bare else content.get("state_dict")
+    state = content if is_bare else plain(content.get("state_dict"))
     return state if isinstance(state, Mapping) else None
 
 
@@ -148,6 +153,8 @@ def read_pickle(path: Path) -> Any:
                 "this is the file its makers released."
             )
         with path.open("rb") as stream:
+            check_pickle(stream, path.name, MAX_STEPS)
+            stream.seek(0)
             return _PlainUnpickler(stream, path.name).load()
     except FileNotFoundError as error:
         raise ModelFolderError(
@@ -195,10 +202,15 @@ def _known_stage(stage: Any, plans: Mapping[str, Any], name: str) -> int:
         return int(stages[0])
     if isinstance(stage, bool) or not isinstance(stage, int) or stage not in stages:
         raise ModelFolderError(
-            f"{name} says that stage {stage!r} of the plans was trained; the plans have {stages}. The plans and the "
-            "checkpoint are of different models: copy the model again."
+            f"{name} says that stage {_shown(stage)} of the plans was trained; the plans have {stages}. The plans and "
+            "the checkpoint are of different models: copy the model again."
         )
     return stage
+
+
+def _shown(value: Any) -> str:
+    """Return a value of the file for a message: of lists and the like, which may have no end, the type."""
+    return repr(value) if isinstance(value, (str, int)) else f"a {type(value).__name__}"
 
 
 def _refuse_mixed(checkpoints: list[V1Checkpoint]) -> None:
@@ -227,7 +239,7 @@ class _PlainUnpickler(pickle.Unpickler):
         )
 
     def persistent_load(self, pid: Any) -> Any:
-        raise ModelFolderError(f"{self._name} was not read: it refers to something outside itself ({pid!r}).")
+        raise ModelFolderError(f"{self._name} was not read: it refers to something outside itself ({_shown(pid)}).")
 
 
 class _Array(list):  # type: ignore[type-arg]
@@ -237,11 +249,13 @@ class _Array(list):  # type: ignore[type-arg]
         _, shape, dtype, in_fortran_order, raw = state
         if dtype.code.startswith("O"):
             if len(shape) != 1:
-                raise ValueError(f"an array of objects with shape {shape}")
+                raise ValueError(f"an array of objects in {len(shape)} dimensions")
             self[:] = raw
             return
         data = raw.encode("latin1") if isinstance(raw, str) else raw
         values = np.frombuffer(data, np.dtype(dtype.order + dtype.code))
+        if not values.size and len(shape) > 1:
+            raise ValueError("an array of rows without numbers")
         self[:] = np.atleast_1d(values.reshape(shape, order="F" if in_fortran_order else "C")).tolist()
 
 
@@ -252,7 +266,7 @@ class _Dtype:
 
     def __init__(self, code: Any) -> None:
         if not isinstance(code, str) or not _DTYPE.fullmatch(code):
-            raise ValueError(f"an array of {code!r}")
+            raise ValueError(f"an array of {_shown(code)}")
         self.code, self.order = code, "="
 
     def __setstate__(self, state: Any) -> None:
@@ -296,7 +310,7 @@ class _Encode:
 
     def __call__(self, text: str, encoding: str = "latin1") -> bytes:
         if encoding not in ("latin1", "latin-1"):
-            raise ValueError(f"text in the encoding {encoding!r}")
+            raise ValueError(f"text in the encoding {_shown(encoding)}")
         return str.encode(text, "latin1")
 
 
