@@ -209,6 +209,8 @@ def test_unknown_keys_in_tables_get_a_suggestion_too(complaint, table, where, me
         ("input_clip", "[275, -125]", "low < high"),
         ("input_clip", "[1, 1]", "low < high"),
         ("orientation", "'xyz'", "pattern"),
+        ("orientation", "'LRS'", "one of L and R, one of A and P, one of S and I"),
+        ("orientation", "'RRS'", "one of L and R, one of A and P, one of S and I"),
         ("labels", "[]", "at least 1 item"),
         ("labels", "['liver', 'Liver']", "told apart"),
         ("labels", "['background', 'liver']", "told apart"),

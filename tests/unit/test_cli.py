@@ -29,6 +29,7 @@ from mshub.nnunet.predictor import PROFILES, NNUNetPredictor, PredictOptions
 from mshub.recipe import FROM_SCRATCH, Recipe
 from mshub.store import ModelStore
 from mshub.volume_io import read_grid, read_volume
+from releases import write_release
 
 LISTED = {"id", "title", "modality", "status", "installed", "version", "labels"}
 
@@ -183,6 +184,33 @@ def test_a_model_is_added_with_a_card_of_its_own(
     assert store.catalogue().get("ours").title == "[red][/x]"
     assert "[red][/x]" in run("list").out
     assert "[red][/x]" in run("show", "ours").out
+
+
+def test_where_a_model_is_from_and_its_terms_are_kept_and_shown(
+    run: Run, store: ModelStore, liver_spleen: Path
+) -> None:
+    page = "https://example.org/record/1"
+    result = run("add", "bought", liver_spleen, "--from", page, "--licence", "CC BY-NC [4.0]")
+    assert "Licence: CC BY-NC [4.0].\n" in result.out
+    assert store.current("bought").record["origin"] == {"how": "added", "from": page}
+    shown = run("show", "bought", "--json").json()
+    assert (shown["licence"], shown["origin"]["from"]) == ("CC BY-NC [4.0]", page)
+    assert {"created", "trainer", "reader"} <= shown.keys()
+    table = " ".join(run("show", "bought").out.split())
+    assert "CC BY-NC [4.0]" in table
+    assert page in table
+
+
+def test_trust_warns_before_it_runs_anything_and_says_what_was_run(run: Run, store: ModelStore, tmp_path: Path) -> None:
+    source, _ = write_release("v2 checkpoint with objects, --trust", tmp_path)
+    refused = run("add", "theirs", source)
+    assert refused.code == 1
+    assert "`mshub add --trust` runs what is in it" in " ".join(refused.err.split())
+    result = run("add", "theirs", source, "--trust")
+    assert result.code == 0
+    assert "may run on this computer with your rights" in " ".join(result.err.split())
+    assert "Code in fold_0/checkpoint_final.pth was run, as asked" in " ".join(result.out.split())
+    assert run("show", "theirs", "--json").json()["trusted"] == ["fold_0/checkpoint_final.pth"]
 
 
 def test_verify_tells_how_many_files_are_as_installed(run: Run, installed: ModelStore) -> None:

@@ -280,3 +280,33 @@ class TestSimpleItk:
     def test_a_picture_is_no_grid(self):
         with pytest.raises(GeometryError, match="2-D"):
             grid_from_sitk(sitk.Image(5, 7, sitk.sitkInt16))
+
+
+class TestTurning:
+    @pytest.mark.parametrize("directions", ALL_DIRECTIONS)
+    @pytest.mark.parametrize("orientation", ["RAS", "LPS", "PIR", "SLA"])
+    def test_every_voxel_stays_where_it_is_in_the_patient(self, directions, orientation):
+        volume = Volume(np.arange(np.prod(SHAPE)).reshape(SHAPE), Grid(SHAPE, affine(directions)))
+        turned = volume.turned(orientation)
+        assert turned.grid.orientation == orientation
+        assert sorted(turned.grid.spacing_xyz_mm) == pytest.approx(sorted(SPACING))
+        for index in [(0, 0, 0), (4, 1, 7), (2, 6, 3)]:
+            position = volume.grid.affine_ras @ (*index, 1)
+            there = np.linalg.solve(turned.grid.affine_ras, position)[:3]
+            assert turned.array_xyz[tuple(np.rint(there).astype(int))] == volume.array_xyz[index]
+            np.testing.assert_allclose(there, np.rint(there), atol=1e-6)
+
+    @pytest.mark.parametrize("directions", ALL_DIRECTIONS)
+    def test_turning_back_gives_the_same_volume(self, directions):
+        volume = Volume(np.arange(np.prod(SHAPE)).reshape(SHAPE), Grid(SHAPE, affine(directions)))
+        back = volume.turned("PIR").turned(volume.grid.orientation)
+        np.testing.assert_array_equal(back.array_xyz, volume.array_xyz)
+        assert same_grid(back.grid, volume.grid)
+
+    @pytest.mark.parametrize("directions", ALL_DIRECTIONS)
+    def test_simpleitk_turns_to_lps_in_the_same_way(self, directions):
+        volume = Volume(np.arange(np.prod(SHAPE)).reshape(SHAPE), Grid(SHAPE, affine(directions)))
+        expected = from_sitk(sitk.DICOMOrient(to_sitk(volume), "LPS"))
+        found = volume.turned("LPS")
+        np.testing.assert_array_equal(found.array_xyz, expected.array_xyz)
+        assert same_grid(found.grid, expected.grid)

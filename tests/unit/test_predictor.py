@@ -17,7 +17,7 @@ import torch
 from factories import make_image, make_model_folder, odd_grids
 from mshub.catalogue import InputRules
 from mshub.errors import CaseError, ChannelError, GeometryError, ModelFolderError, PredictionError
-from mshub.geometry import same_grid
+from mshub.geometry import Volume, same_grid
 from mshub.nnunet import engine as engine_module
 from mshub.nnunet import network_cache as network_cache_module
 from mshub.nnunet.devices import available_devices, resolve_device
@@ -157,6 +157,33 @@ def test_clipping_equals_predicting_a_clipped_file(liver_spleen: Path, image: Pa
 
 
 # -- what a prediction tells --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reader", ["SimpleITKIO", "NibabelIO", "NibabelIOWithReorient"])
+@pytest.mark.parametrize("grid", ["-z+x-y", "oblique-left-handed", "+y+z+x"])
+@pytest.mark.parametrize("orientation", ["LPS", "RAS"])
+def test_a_model_made_for_another_orientation_sees_what_nnunet_sees_of_a_turned_file(
+    tmp_path: Path, reader: str, grid: str, orientation: str
+) -> None:
+    """As MRSegmentator's own program does it: turn with SimpleITK, predict, turn back."""
+    folder = make_model_folder(tmp_path / "model", reader=reader)
+    image = make_image(tmp_path / "case.nii.gz", SHAPE, odd_grids()[grid], seed=3)
+    turned = tmp_path / "turned.nii.gz"
+    sitk.WriteImage(sitk.DICOMOrient(sitk.ReadImage(str(image)), orientation), str(turned))
+    expected = Volume(nnunet_label(folder, [turned], tmp_path / "o", ("0",), mirroring=False), read_grid(turned))
+    options = PredictOptions(PROFILES["fast"], device="cpu", rules=InputRules(orientation=orientation))
+    prediction = predict(folder, image, options=options)
+    back = expected.turned(read_grid(image).orientation)
+    np.testing.assert_array_equal(prediction.labels.array_xyz, back.array_xyz)
+    assert same_grid(prediction.labels.grid, read_grid(image))
+    assert prediction.provenance["orientation"] == orientation
+
+
+def test_an_image_that_lies_as_the_model_wants_it_is_read_as_it_is(tmp_path: Path, liver_spleen: Path) -> None:
+    image = make_image(tmp_path / "case.nii.gz", SHAPE, odd_grids()["+x+y+z"])
+    rules = InputRules(orientation=read_grid(image).orientation)
+    found = predict(liver_spleen, image, options=PredictOptions(PROFILES["fast"], device="cpu", rules=rules))
+    np.testing.assert_array_equal(found.labels.array_xyz, predict(liver_spleen, image).labels.array_xyz)
 
 
 def test_a_prediction_says_how_it_was_made(liver_spleen: Path, image: Path) -> None:

@@ -23,6 +23,7 @@ from mshub.geometry import Array
 from mshub.nnunet.folder import ModelFolder
 from mshub.nnunet.training_set import Predict, TrainingSet, prepare
 from mshub.training_labels import UNSURE_MARGIN_MM
+from mshub.volume_io import read_volume, write_nifti
 from reviewed import SHAPE, array_of, make_case, make_cases, write_label
 
 IGNORED = 3
@@ -134,6 +135,27 @@ def test_the_format_of_the_files_makes_no_difference(tmp_path: Path, ending: str
     found = prepared(model, [nifti, other], tmp_path / "set")
     for one, two in zip(stored(found, "nifti")[:2], stored(found, "other")[:2], strict=True):
         np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize("orientation", ["LPS", "SAR"])
+def test_input_is_turned_as_for_predictions_and_its_label_with_it(
+    tmp_path: Path, model: ModelFolder, orientation: str
+) -> None:
+    case = make_case(tmp_path, "case", affine=odd_grids()["oblique-left-handed"])
+    files = {}
+    for path in (*case.images, case.label):
+        turned = read_volume(path).turned(orientation)
+        files[path] = tmp_path / f"turned-{path.name}"
+        write_nifti(files[path], turned.array_xyz, turned.grid)
+    of_turned = replace(case, case_id="turned", images=(files[case.images[0]],), label=files[case.label])
+    found = prepared(model, [case], tmp_path / "set", rules=InputRules(orientation=orientation))
+    expected = prepared(model, [of_turned], tmp_path / "other")
+    for one, two in zip(stored(found, "case")[:2], stored(expected, "turned")[:2], strict=True):
+        np.testing.assert_array_equal(one, two)
+    plain = prepared(model, [case], tmp_path / "third")
+    assert stored(found, "case")[0].shape != stored(plain, "case")[0].shape or np.any(
+        stored(found, "case")[0] != stored(plain, "case")[0]
+    )
 
 
 def test_input_is_clipped_as_for_predictions(tmp_path: Path, model: ModelFolder) -> None:

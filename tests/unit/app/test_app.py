@@ -108,6 +108,14 @@ def test_a_model_added_while_the_server_runs_is_offered_and_a_removed_one_is_not
     assert sorted(app.info()["models"]) == ["tumour"]
 
 
+def test_info_says_where_a_model_is_from_and_on_which_terms(app: MSHubApp, liver_spleen: Path) -> None:
+    origin = {"how": "added", "from": "https://example.org/record/1"}
+    version = add_model(app.store, "bought", liver_spleen, origin=origin, licence="CC BY-NC 4.0")
+    told = app.info()["models"]["bought"]["mshub"]
+    assert (told["licence"], told["origin"], told["installed"]) == ("CC BY-NC 4.0", origin, version.record["created"])
+    assert (told["converted"], told["trusted"]) == (None, [])
+
+
 def test_a_model_can_be_used_before_anybody_asked_for_info(
     app: MSHubApp, installed: ModelStore, two_channels: Path
 ) -> None:
