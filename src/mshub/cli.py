@@ -102,6 +102,8 @@ def show(model_id: ModelId, as_json: AsJson = False) -> None:
         print_json(facts)
         return
     table = Table(show_header=False, title=escape(card.title), title_justify="left")
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for key, value in facts.items():
         if value not in (None, [], {}, ""):
             table.add_row(f"[bold]{key}[/]", escape(readable(value)))
@@ -197,7 +199,7 @@ def versions(model_id: ModelId, as_json: AsJson = False) -> None:
             "yes" if row["current"] else "",
             row["created"][:16].replace("T", " "),
             row["parent"] or "",
-            escape(readable(row["origin"])),
+            escape(readable({key: value for key, value in row["origin"].items() if key != "sha256"})),
             "" if row["mean_dice"] is None else f"{row['mean_dice']:.4f} ({row['held_out']})",
             row["outcome"] or "",
         )
