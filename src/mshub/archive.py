@@ -33,7 +33,6 @@ __all__ = [
 MAX_BYTES = 64 * 1024**3
 MAX_MEMBERS = 10_000
 
-
 _TEXT = re.compile(r"(?:LICENSE|README).*|.*\.(?:txt|md|pdf|docx)")
 
 
@@ -130,15 +129,18 @@ def extract_state(source: Path, target: Path) -> bool:
     StoreError
         As `extract_model`.
     """
-    with opened_file(source) if _is_state(source) else _opened(source, MAX_MEMBERS) as tree:
-        states = [] if _roots(tree) else [name for name in tree.files if name.lower().endswith(STATE_SUFFIXES)]
-        if _is_state(source):
-            states = list(tree.files)
+    is_state = _is_state(source)
+    with opened_file(source) if is_state else _opened(source, MAX_MEMBERS) as tree:
+        states = list(tree.files) if is_state else _states(tree)
         if len(states) != 1:
             return False
         _check_size(tree.files[states[0]], target.parent, MAX_BYTES)
         tree.copy(states[0], target)
     return True
+
+
+def _states(tree: Source) -> list[str]:
+    return [] if _roots(tree) else [name for name in tree.files if name.lower().endswith(STATE_SUFFIXES)]
 
 
 def _is_state(path: Path) -> bool:

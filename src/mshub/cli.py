@@ -114,7 +114,11 @@ def show(model_id: ModelId, as_json: AsJson = False) -> None:
 def add(
     model_id: ModelId,
     path: Annotated[
-        Path, typer.Argument(help="Folder or zip that holds an nnU-Net model, v2 or v1.", show_default=False)
+        Path,
+        typer.Argument(
+            help="Folder or zip with an nnU-Net model, v2 or v1; or v1 weights whose card has a [plan].",
+            show_default=False,
+        ),
     ],
     card: Annotated[Path | None, typer.Option(help="Card (TOML) of your own model.")] = None,
     root: Annotated[str | None, typer.Option(help="Which model inside PATH, where there are several.")] = None,

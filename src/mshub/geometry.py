@@ -132,14 +132,17 @@ class Volume:
     def __post_init__(self) -> None:
         check_fits(self.array_xyz, self.grid)
 
-    def turned(self, orientation: str) -> Volume:
+    def turned(self, orientation: str | None) -> Volume:
         """Return the same image stored with its axes pointing elsewhere: flips and permutations, nothing resampled.
 
         Parameters
         ----------
-        orientation : str
-            Axis codes such as ``RAS``, the directions x, y and z are to point to; of an oblique grid, the nearest.
+        orientation : str or None
+            Axis codes such as ``RAS``, the directions x, y and z are to point to; of an oblique grid, the nearest. The
+            volume itself is returned where they do already, and for None.
         """
+        if orientation in (None, self.grid.orientation):
+            return self
         now, wanted = nib.io_orientation(self.grid.affine_ras), nib.orientations.axcodes2ornt(orientation)
         change = nib.orientations.ornt_transform(now, wanted)
         array = nib.orientations.apply_orientation(self.array_xyz, change)

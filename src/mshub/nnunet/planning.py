@@ -151,7 +151,7 @@ def _write_raw_case(dataset: dict[str, Any], case: ReviewedCase, raw: Path, name
 
 
 def _write_turned(path: Path, volume: Volume, rules: InputRules) -> None:
-    turned = volume.turned(rules.orientation) if rules.orientation else volume
+    turned = volume.turned(rules.orientation)
     write_nifti(path, turned.array_xyz, turned.grid)
 
 

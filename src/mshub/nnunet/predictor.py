@@ -18,7 +18,7 @@ from mshub.geometry import Volume
 from mshub.nnunet.devices import resolve_device
 from mshub.nnunet.folder import ModelFolder
 from mshub.nnunet.network_cache import NetworkCache
-from mshub.nnunet.reading import read_as_nnunet, read_channels, write_as_input
+from mshub.nnunet.reading import read_as_nnunet, read_channels, to_input_axes
 from mshub.nnunet.sliding_window import Progress
 
 logger = logging.getLogger(__name__)
@@ -162,7 +162,7 @@ class NNUNetPredictor:
             reader = self.folder.plans_manager.image_reader_writer_class()
             data, properties = read_as_nnunet(images, volumes, reader, options.rules)
             segmentation = self._segment(data, properties, folds, device, options.profile, progress, clock)
-            array_xyz = write_as_input(segmentation, properties, reader, volumes[0], options.rules.orientation)
+            array_xyz = to_input_axes(segmentation, properties, reader, volumes[0], options.rules.orientation)
         except MSHubError:
             raise
         except torch.OutOfMemoryError as error:

@@ -90,13 +90,13 @@ def read_label_as_nnunet(label: Volume, reader: Any, orientation: str | None = N
     """Return a label map as the reader of a model's plans turns it, axes (1, z, y, x); see `InputRules.orientation`."""
     with tempfile.TemporaryDirectory(prefix="mshub-") as scratch:
         path = Path(scratch) / "label.nii"
-        turned = label.turned(orientation) if orientation else label
+        turned = label.turned(orientation)
         write_nifti(path, turned.array_xyz, turned.grid)
         segmentation: Array = reader.read_seg(str(path))[0]
     return segmentation
 
 
-def write_as_input(
+def to_input_axes(
     segmentation: Array, properties: dict[str, Any], reader: Any, image: Volume, orientation: str | None = None
 ) -> Array:
     """Return nnU-Net's segmentation in the index order of the input file.
@@ -119,23 +119,24 @@ def write_as_input(
     -------
     ndarray, axes (x, y, z)
         Not of the image's shape if the reader is at fault.
+
+    Raises
+    ------
+    GeometryError
+        The reader is at fault and the image was turned.
     """
     with tempfile.TemporaryDirectory(prefix="mshub-") as scratch:
         path = Path(scratch) / "segmentation.nii"
         reader.write_seg(segmentation, str(path), properties)
         array_xyz: Array = np.array(nib.load(path).dataobj)
-    if not orientation or image.grid.orientation == orientation:
+    if orientation is None:
         return array_xyz
-    turned = image.turned(orientation)
-    if array_xyz.shape != turned.grid.shape_xyz:
-        return array_xyz
-    return Volume(array_xyz, turned.grid).turned(image.grid.orientation).array_xyz
+    return Volume(array_xyz, image.turned(orientation).grid).turned(image.grid.orientation).array_xyz
 
 
 def _readable_path(path: Path, volume: Volume, reader: Any, orientation: str | None, scratch: Path) -> Path:
-    turned = volume.turned(orientation) if orientation and volume.grid.orientation != orientation else None
-    if turned is None and path.is_file() and path.name.lower().endswith(tuple(reader.supported_file_endings)):
+    turned = volume.turned(orientation)
+    if turned is volume and path.is_file() and path.name.lower().endswith(tuple(reader.supported_file_endings)):
         return path
-    chosen = turned or volume
-    write_nifti(scratch, chosen.array_xyz, chosen.grid)
+    write_nifti(scratch, turned.array_xyz, turned.grid)
     return scratch
