@@ -77,23 +77,13 @@ def add_model(
     known = store.catalogue()
     card = _chosen_card(known, model_id, card_path)
     with store.staging() as staging:
-        model = staging / "model"
-        model.mkdir()
-        is_bare = bool(card and card.plan) and extract_state(source, model / STATE)
-        if not is_bare:
-            extract_model(source, model, root=root)
-        trusted = make_plain(model) if trust else []
-        is_v1 = is_bare or is_v1_folder(model)
-        if is_v1:
-            model = _converted(model, staging / "converted", card)
+        model, facts = _unpacked(source, staging, card, root, trust)
         folder = ModelFolder.open(model)
         card = _with_licence(card or _drafted_card(model_id, folder), licence, model)
         _check_against_card(folder, card)
         check_weights(folder)
         record = version_record(folder, card, origin or origin_of(source))
-        record |= {"converted": "nnU-Net v1"} if is_v1 else {}
-        record |= {"trusted": trusted} if trusted else {}
-        version = store.publish(model_id, model, record)
+        version = store.publish(model_id, model, record | facts)
     if card_path or model_id not in known:
         store.keep_card(card)
     return version
@@ -176,6 +166,22 @@ def _chosen_card(known: Catalogue, model_id: str, card_path: Path | None) -> Mod
     if card.id != model_id:
         raise CatalogueError(f"The card {card_path.name} is for {card.id!r}, not {model_id!r}: make the two agree.")
     return card
+
+
+def _unpacked(
+    source: Path, staging: Path, card: ModelCard | None, root: str | None, trust: bool
+) -> tuple[Path, dict[str, Any]]:
+    """Copy a model into `staging`, as a folder of nnU-Net v2; returns it, and what was done to it for the record."""
+    model = staging / "model"
+    model.mkdir()
+    is_bare = bool(card and card.plan) and extract_state(source, model / STATE)
+    if not is_bare:
+        extract_model(source, model, root=root)
+    trusted = make_plain(model) if trust else []
+    facts: dict[str, Any] = {"trusted": trusted} if trusted else {}
+    if not is_bare and not is_v1_folder(model):
+        return model, facts
+    return _converted(model, staging / "converted", card), facts | {"converted": "nnU-Net v1"}
 
 
 def _converted(v1: Path, target: Path, card: ModelCard | None) -> Path:
