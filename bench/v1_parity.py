@@ -25,6 +25,7 @@ from mshub.nnunet.network_cache import NetworkCache
 from mshub.nnunet.predictor import NNUNetPredictor, PredictOptions
 from mshub.nnunet.preprocessing import V1Preprocessor, preprocessor_of
 from mshub.nnunet.sliding_window import ProbabilityWindow, SlidingWindow
+from mshub.scores import dice
 from mshub.store import ModelStore
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,12 +68,9 @@ class SteppedCache(NetworkCache):
         return super().engine(folder, folds, device)
 
 
-def dice(one: np.ndarray, two: np.ndarray) -> float:
+def mean_dice(one: np.ndarray, two: np.ndarray) -> float:
     """Return the mean Dice over the classes of `two`."""
-    classes = range(1, int(two.max()) + 1)
-    return float(
-        np.mean([2 * ((one == c) & (two == c)).sum() / ((one == c).sum() + (two == c).sum()) for c in classes])
-    )
+    return float(np.mean([dice(one == value, two == value) for value in range(1, int(two.max()) + 1)]))
 
 
 def rows(data: Path, scratch: Path) -> Iterator[list[str]]:
@@ -87,7 +85,13 @@ def rows(data: Path, scratch: Path) -> Iterator[list[str]]:
                 predictor = NNUNetPredictor(folder, SteppedCache(step))
                 label = predictor.predict(images, PredictOptions(device="cpu")).labels.array_xyz
                 same = np.mean(label == expected)
-                yield [case, step, f"{same:.4%}", str(int((label != expected).sum())), f"{dice(label, expected):.4f}"]
+                yield [
+                    case,
+                    step,
+                    f"{same:.4%}",
+                    str(int((label != expected).sum())),
+                    f"{mean_dice(label, expected):.4f}",
+                ]
 
 
 def main() -> None:

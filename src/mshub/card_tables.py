@@ -70,7 +70,7 @@ class Weights(Table):
         needed = {"gdrive-folder": {"id"}, "gdrive-file": {"id"}, "https": {"url"}, "bundled": set()}[self.kind]
         found = {key for key in ("id", "url") if getattr(self, key) is not None}
         if found != needed:
-            raise ValueError(f"kind {self.kind!r} with {these(needed)}, found {these(found)}")
+            raise ValueError(f"kind {self.kind!r} with {_these(needed)}, found {_these(found)}")
         return self
 
     @property
@@ -149,6 +149,5 @@ class InputRules:
 AS_STORED = InputRules()
 
 
-def these(keys: set[str]) -> str:
-    """Return the names of the keys that hold an address, for a message."""
+def _these(keys: set[str]) -> str:
     return " and ".join(map(repr, sorted(keys))) or "neither 'id' nor 'url'"

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mshub.card_draft import draft_card
-from mshub.card_tables import Channel, InputRules, Link, Modality, Plan, Weights, WeightsKind
+from mshub.card_tables import AS_STORED, Channel, InputRules, Link, Modality, Plan, Weights, WeightsKind
 from mshub.errors import CatalogueError
 from mshub.model_card import (
     ModelCard,
@@ -21,6 +21,7 @@ from mshub.model_card import (
 )
 
 __all__ = [
+    "AS_STORED",
     "PACKAGED_CARDS",
     "Catalogue",
     "Channel",

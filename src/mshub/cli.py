@@ -38,10 +38,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-_RECORDED = (  # what a version's record says of it, beside the card
-    *("channels", "configuration", "folds", "trainer", "reader", "licence", "origin", "created"),
-    *("converted", "trusted"),
-)
+# What a version's record says of it, beside the card.
+_RECORDED = [
+    "channels",
+    "configuration",
+    "folds",
+    "trainer",
+    "reader",
+    "licence",
+    "origin",
+    "created",
+    "converted",
+    "trusted",
+]
 ModelId = Annotated[str, typer.Argument(metavar="ID", help="Model id; see `mshub list`.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

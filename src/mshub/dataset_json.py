@@ -157,9 +157,9 @@ def _channel_values(structures: _Declared) -> dict[str, int]:
 def _region_values(structures: _Declared, dataset: Mapping[str, object]) -> dict[str, int]:
     names = [name for name, values in structures if set(values) != {0}]  # nnU-Net gives a background region no value
     order = dataset.get("regions_class_order")
-    listed_order = order if isinstance(order, (list, tuple)) else []
-    values = [value for value in listed_order if is_integer(value) and 0 < value <= MAX_VALUE]
-    if not isinstance(order, (list, tuple)) or not len(order) == len(values) == len(names):
+    given = list(order) if isinstance(order, (list, tuple)) else None
+    values = [value for value in given or () if is_integer(value) and 0 < value <= MAX_VALUE]
+    if given is None or not len(given) == len(values) == len(names):
         raise _refusal(
             "A region-based model needs 'regions_class_order' in dataset.json",
             found=f"regions_class_order: {order!r}",

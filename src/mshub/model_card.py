@@ -118,9 +118,7 @@ class ModelCard(Table):
     @field_validator("orientation")
     @classmethod
     def _axes_are_three(cls, orientation: str | None) -> str | None:
-        if orientation and {frozenset(pair) & set(orientation) for pair in ("LR", "AP", "SI")} != {
-            frozenset(letter) for letter in orientation
-        }:
+        if orientation and any(len(set(pair) & set(orientation)) != 1 for pair in ("LR", "AP", "SI")):
             raise ValueError("one of L and R, one of A and P, one of S and I")
         return orientation
 

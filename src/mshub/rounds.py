@@ -20,7 +20,7 @@ from typing import Any
 
 from mshub.atomic_file import replace_by_copy, replace_json
 from mshub.cases import ReviewedCase
-from mshub.catalogue import InputRules, ModelCard, draft_card
+from mshub.catalogue import AS_STORED, ModelCard, draft_card
 from mshub.dataset_json import read_labels
 from mshub.errors import MSHubError, TrainingError
 from mshub.evaluation import Evaluator, as_served
@@ -211,7 +211,7 @@ class _Round:
             return target
         self._tell(stage="planning the network")
         request, known = self._request, self._store.catalogue()
-        rules = known.get(request.model_id).input_rules if request.model_id in known else InputRules()
+        rules = known.get(request.model_id).input_rules if request.model_id in known else AS_STORED
         return plan_model(request.dataset or {}, training, self._job.work, request.recipe.seed, rules)
 
     def _prepare(self, training: Sequence[ReviewedCase]) -> TrainingSet:

@@ -137,8 +137,8 @@ def opened_file(path: Path) -> Iterator[Source]:
         It lies inside a model folder.
     """
     refuse_inner_path(path)
-    top = path.resolve()
-    yield Source(top.parent, {top.name: top.stat().st_size}, lambda name: (top.parent / name).open("rb"))
+    file = path.resolve()
+    yield Source(file.parent, {file.name: file.stat().st_size}, lambda _: file.open("rb"))
 
 
 @contextmanager

@@ -55,15 +55,16 @@ def check_sizes(configuration: Mapping[str, Any]) -> None:
     patch, spacing = configuration["patch_size"], configuration["spacing"]
     architecture = configuration.get("architecture")
     arguments = architecture.get("arch_kwargs", {}) if isinstance(architecture, Mapping) else {}
-    depths = [arguments.get("n_stages", 1)]
-    blocks = [value for key, values in arguments.items() if key.startswith("n_") for value in _flat(values)]
+    stages = arguments.get("n_stages", 1)
+    counts = [value for key, values in arguments.items() if key.startswith("n_") for value in _flat(values)]
+    deepest = max(counts, default=0)
     problems = {
         f"patches of {patch}; at most {MAX_PATCH_VOXELS:,} voxels": not 0 < prod(patch) <= MAX_PATCH_VOXELS,
         f"a spacing of {spacing} mm; from {MIN_SPACING} to {MAX_SPACING:g}": not all(
             MIN_SPACING <= size <= MAX_SPACING for size in spacing
         ),
-        f"{depths[0]:,} resolutions; at most {MAX_STAGES}": not 0 < depths[0] <= MAX_STAGES,
-        f"{max(blocks, default=0):,} blocks in a row; at most {MAX_BLOCKS}": max(blocks, default=0) > MAX_BLOCKS,
+        f"{stages:,} resolutions; at most {MAX_STAGES}": not 0 < stages <= MAX_STAGES,
+        f"{deepest:,} blocks in a row; at most {MAX_BLOCKS}": deepest > MAX_BLOCKS,
     }
     for problem, found in problems.items():
         if found:
@@ -89,16 +90,16 @@ def check_pieces(plans: Mapping[str, Any], configuration: Mapping[str, Any]) -> 
     ModelFolderError
         Names what is unknown, and what is known.
     """
-    resamplings = [configuration[f"resampling_fn_{what}"] for what in ("data", "seg", "probabilities")]
+    resamplings = [f"resampling_fn_{what}" for what in ("data", "seg", "probabilities")]
     asked = {
         "image reader": ([plans.get("image_reader_writer", READERS[0])], READERS),
         "label manager": ([plans.get("label_manager", LABEL_MANAGERS[0])], LABEL_MANAGERS),
         "preprocessor": ([configuration["preprocessor_name"]], PREPROCESSORS),
         "normalisation": (list(configuration["normalization_schemes"]), NORMALISATIONS),
-        "resampling": (resamplings, RESAMPLINGS),
+        "resampling": ([configuration[key] for key in resamplings], RESAMPLINGS),
     }
-    for what in ("data", "seg", "probabilities"):
-        unknown = sorted(set(configuration.get(f"resampling_fn_{what}_kwargs") or ()) - RESAMPLING_ARGUMENTS)
+    for key in resamplings:
+        unknown = sorted(set(configuration.get(f"{key}_kwargs") or ()) - RESAMPLING_ARGUMENTS)
         if unknown:
             raise ModelFolderError(
                 f"The model was trained with a resampling that takes {', '.join(unknown)}; MSHub passes on "

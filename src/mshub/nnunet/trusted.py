@@ -49,15 +49,12 @@ def make_plain(model: Path) -> list[str]:
 
 
 def _is_unsafe(path: Path) -> bool:
-    read = read_pickle if path.suffix == ".pkl" else load_tensors
     if path.suffix not in _REWRITE:
         return False
     try:
-        read(path)
-    except UnsafeModelError:
-        return True
-    except ModelFolderError:
-        return False  # damaged: said when the model is opened
+        read_pickle(path) if path.suffix == ".pkl" else load_tensors(path)
+    except ModelFolderError as error:
+        return isinstance(error, UnsafeModelError)  # what is damaged is said when the model is opened
     return False
 
 
@@ -67,7 +64,7 @@ def _rewrite_checkpoint(path: Path) -> None:
     arguments = checkpoint["init_args"] if isinstance(checkpoint["init_args"], Mapping) else {}
     plain = {
         "network_weights": checkpoint["network_weights"],
-        "trainer_name": str(checkpoint["trainer_name"]),
+        "trainer_name": checkpoint["trainer_name"],
         "init_args": {key: str(arguments[key]) for key in ("configuration", "fold") if key in arguments},
         "inference_allowed_mirroring_axes": None if axes is None else tuple(int(axis) for axis in axes),
     }
