@@ -15,7 +15,7 @@ comma := ,
 export UV_FIND_LINKS ?= $(subst $(empty) $(empty),$(comma),$(strip $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))))
 export MSHUB_HOME ?= $(CURDIR)/.mshub
 
-.PHONY: help serve test check format table samples v1-venv v1-golden lock clean
+.PHONY: help serve viewer pacs-tools demo-ohif e2e test check format table samples v1-venv v1-golden lock clean
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
@@ -36,6 +36,18 @@ $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 
 serve: $(VENV)/.installed  ## install and start the server on the sample data (STUDIES=DIR: on your own)
 	$(BIN)/mshub serve $(if $(STUDIES),--studies "$(STUDIES)",--sample) --host $(HOST) --port $(PORT)
+
+viewer: $(VENV)/.installed  ## install OHIF for the server's /viewer/ (fetched with npm)
+	PYTHONPATH=apps/mshub $(BIN)/python demo/install_viewer.py
+
+pacs-tools:  ## install Orthanc and Chromium, where this machine is a Debian or Ubuntu
+	demo/pacs-tools.sh
+
+demo-ohif: $(VENV)/.installed pacs-tools viewer  ## a PACS with phantoms, the server and the viewer, in one command
+	$(BIN)/python demo/ohif.py --port $(PORT) $(if $(DICOM),--dicom "$(DICOM)")
+
+e2e: $(VENV)/.installed-dev pacs-tools viewer  ## the tests with a real PACS and a real browser
+	MSHUB_E2E=required $(BIN)/python -m pytest tests/e2e/test_pacs.py tests/e2e/test_ohif.py $(ARGS)
 
 test: $(VENV)/.installed-dev  ## the whole test suite
 	$(BIN)/python -m pytest $(ARGS)

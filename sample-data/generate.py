@@ -577,12 +577,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="compare with a regeneration, write nothing")
     parser.add_argument("--training", type=int, metavar="N", help="write N training phantoms into --out instead")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="folder to write or check")
+    parser.add_argument(
+        "--dicom", type=Path, metavar="DIR", help="write every phantom as a CT series below DIR instead"
+    )
     arguments = parser.parse_args(argv)
     if arguments.check:
         lines = differences(arguments.out)
         print("\n".join(lines) or "sample data equal their regeneration")
         return int(bool(lines))
-    if arguments.training:
+    if arguments.dicom:
+        for spec in SAMPLES:
+            list(dicom_slices(make_phantom(spec), arguments.dicom / spec.name))
+    elif arguments.training:
         write_training_dataset(arguments.out, arguments.training)
     else:
         write_samples(arguments.out)

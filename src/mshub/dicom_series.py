@@ -1,8 +1,12 @@
 """A folder of DICOM files as one volume, or a reason why it is none.
 
 pydicom reads the headers and judges; SimpleITK (GDCM) decodes the pixels, so compressed transfer syntaxes work and the
-geometry is what every ITK program sees. A series is refused rather than bent: a missing slice, a doubled one or a
-tilted gantry would come out of any reader as a volume of the right look and the wrong size.
+geometry is what every ITK program sees. A series is refused rather than bent: a missing slice or a doubled one would
+come out of any reader as a volume of the right look and the wrong size.
+
+A tilted gantry leaves slices that are pushed sideways by one constant vector per slice: a sheared stack, which no grid
+describes. It is straightened by whole pixels: every slice keeps its pixels and lies where it was within half a pixel
+along each axis, on an orthogonal grid that is larger in plane. A label on that grid goes back to the slices unchanged.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +26,7 @@ from pydicom.errors import InvalidDicomError
 from pydicom.uid import UID
 
 from mshub.errors import CaseError, GeometryError
-from mshub.geometry import Grid, Volume, check_same_grid, from_sitk, ras_affine
+from mshub.geometry import Array, Grid, Volume, check_fits, check_same_grid, from_sitk, ras_affine
 from mshub.image_limits import (
     MAX_VOXELS,
     MIN_SPACING_MM,
@@ -29,6 +34,7 @@ from mshub.image_limits import (
     SHEAR_TOLERANCE,
     check_spacing,
     check_voxel_count,
+    text_xyz,
 )
 
 logger = logging.getLogger(__name__)
@@ -38,6 +44,10 @@ logger = logging.getLogger(__name__)
 SLICE_POSITION_TOLERANCE = 0.1
 #: Drift across the slices that rounding of a short stack explains, whatever its length.
 TILT_TOLERANCE_MM = 0.05
+#: Steepest tilt that is straightened: gantries reach 30 degrees, beyond this the headers are wrong.
+MAX_TILT_DEGREES = 45.0
+#: What lies beside the slices of a straightened CT, in HU.
+AIR_HU = -1024
 #: Decimal strings of one series that differ by less are the same orientation or pixel size.
 HEADER_TOLERANCE = 1e-4
 #: How far from 1 the length of a direction vector may be: three decimals are common, a zero vector is not a direction.
@@ -68,6 +78,87 @@ _Vector = npt.NDArray[np.float64]
 _Header = tuple[Path, Any]  # a file and its pydicom dataset without pixels
 
 
+@dataclass(frozen=True, eq=False)
+class SeriesStack:
+    """Where the slices of one series lie, from headers alone.
+
+    Attributes
+    ----------
+    grid : Grid
+        Grid of the image, orthogonal. Of a tilted gantry it is larger in plane than a slice.
+    headers : tuple of pydicom.Dataset
+        One per slice, without pixels, in the order of z.
+    offsets : ndarray of int, shape (n, 2)
+        Column and row of the grid at which pixel (0, 0) of each slice lies; zero unless the gantry was tilted.
+    slices_shape : (int, int, int)
+        Columns, rows and number of the slices.
+    """
+
+    grid: Grid
+    headers: tuple[Any, ...]
+    offsets: npt.NDArray[np.int64]
+    slices_shape: tuple[int, int, int]
+
+    @property
+    def tilted(self) -> bool:
+        """Whether slices are shifted against each other."""
+        return self.slices_shape != self.grid.shape_xyz
+
+    def to_slices(self, array_xyz: Array) -> Array:
+        """Return an array of the grid as pixels of the slices: ``[column, row, slice]``, cropped where tilted.
+
+        Raises
+        ------
+        GeometryError
+            The array has another shape than the grid.
+        """
+        check_fits(array_xyz, self.grid)
+        if not self.tilted:
+            return array_xyz
+        return np.stack([array_xyz[(*window, k)] for k, window in enumerate(self._windows())], axis=2)
+
+    def from_slices(self, array_xyz: Array, fill: float = 0) -> Array:
+        """Return pixels of the slices, ``[column, row, slice]``, on the grid; the inverse of `to_slices`.
+
+        Parameters
+        ----------
+        array_xyz
+            Of `slices_shape`.
+        fill
+            Value beside the slices.
+
+        Raises
+        ------
+        GeometryError
+            The array has another shape than the slices.
+        """
+        if array_xyz.shape != self.slices_shape:
+            raise GeometryError(
+                f"found an array of {text_xyz(array_xyz.shape)} pixels, expected {text_xyz(self.slices_shape)} like "
+                "the slices of its series (columns, rows, slices); give one value per pixel of the series"
+            )
+        if not self.tilted:
+            return array_xyz
+        padded = np.full(self.grid.shape_xyz, fill, dtype=array_xyz.dtype)
+        for k, window in enumerate(self._windows()):
+            padded[(*window, k)] = array_xyz[:, :, k]
+        return padded
+
+    def _windows(self) -> list[tuple[slice, slice]]:
+        """Return the columns and rows of the grid that each slice covers."""
+        columns, rows, _ = self.slices_shape
+        return [(slice(x, x + columns), slice(y, y + rows)) for x, y in self.offsets.tolist()]
+
+
+@dataclass(frozen=True, eq=False)
+class _Layout:
+    """A stack, the files of its slices in order, and the grid that ITK gives them, which knows no tilt."""
+
+    stack: SeriesStack
+    files: tuple[Path, ...]
+    untilted: Grid
+
+
 def read_series(folder: Path, *, series_uid: str | None = None, max_voxels: int = MAX_VOXELS) -> Volume:
     """Read the one series in a folder.
 
@@ -84,7 +175,8 @@ def read_series(folder: Path, *, series_uid: str | None = None, max_voxels: int 
     Returns
     -------
     Volume
-        Slices in ascending order along the normal of the image plane. Rescale slope and intercept are applied: whole
+        Slices in ascending order along the normal of the image plane, straightened where the gantry was tilted (the
+        new corners hold air in CT, the series' minimum otherwise). Rescale slope and intercept are applied: whole
         numbers stay integers, anything else, or slices that are scaled differently (PET), become float32.
 
     Raises
@@ -92,19 +184,29 @@ def read_series(folder: Path, *, series_uid: str | None = None, max_voxels: int 
     CaseError
         No DICOM, several series, multi-frame, colour, damaged or too large.
     GeometryError
-        Missing or doubled slices, mixed orientations or sizes, a tilted gantry, a single slice.
+        Missing or doubled slices, mixed orientations or sizes, slices shifted unevenly, a single slice.
     """
-    headers = _select_series(folder, series_uid)
-    grid, ordered = _stack(headers, max_voxels)
-    volume = from_sitk(_decode(folder, ordered))
-    check_same_grid(volume.grid, grid, "the decoded series", "what its headers say")
-    return volume
+    layout = _lay_out(_select_series(folder, series_uid), max_voxels)
+    volume = from_sitk(_decode(folder, layout))
+    check_same_grid(volume.grid, layout.untilted, "the decoded series", "what its headers say")
+    if layout.stack.grid is layout.untilted:
+        return volume
+    fill = _background(volume.array_xyz, layout.stack.headers[0])
+    return Volume(layout.stack.from_slices(volume.array_xyz, fill), layout.stack.grid)
 
 
 def read_series_grid(folder: Path, *, series_uid: str | None = None, max_voxels: int = MAX_VOXELS) -> Grid:
     """Return the grid of the one series in a folder from headers alone; parameters and errors as `read_series`."""
-    grid, _ = _stack(_select_series(folder, series_uid), max_voxels)
-    return grid
+    return _lay_out(_select_series(folder, series_uid), max_voxels).stack.grid
+
+
+def read_stack(folder: Path, *, series_uid: str | None = None, max_voxels: int = MAX_VOXELS) -> SeriesStack:
+    """Return where the slices of the one series in a folder lie, with their headers; pixels are not looked at.
+
+    Parameters and errors are those of `read_series`. Files that have lost their pixels will do.
+    """
+    layout = _lay_out(_select_series(folder, series_uid), max_voxels)
+    return replace(layout.stack, headers=tuple(_read_whole_header(file) for file in layout.files))
 
 
 def _select_series(folder: Path, series_uid: str | None) -> list[_Header]:
@@ -145,7 +247,19 @@ def _read_header(file: Path) -> Any | None:
         ) from None
     except Exception as error:
         # pydicom promises no exception type for damaged files
-        raise CaseError(f"{file.name} is a damaged DICOM file ({error}); copy the series again") from error
+        raise _damaged(file, error) from error
+
+
+def _read_whole_header(file: Path) -> Any:
+    """Return every attribute but the pixels of a file that is known to be DICOM; values stay unconverted."""
+    try:
+        return pydicom.dcmread(file, stop_before_pixels=True)
+    except Exception as error:
+        raise _damaged(file, error) from error
+
+
+def _damaged(file: Path, error: Exception) -> CaseError:
+    return CaseError(f"{file.name} is a damaged DICOM file ({error}); copy the series again")
 
 
 def _converted(dataset: Any) -> Any:
@@ -208,8 +322,8 @@ def _describe_series(uid: str, members: list[_Header]) -> str:
     return f"{description!s} ({first.get('Modality') or 'no modality'}, {len(members)} files, {uid or 'no UID'})"
 
 
-def _stack(headers: list[_Header], max_voxels: int) -> tuple[Grid, list[_Header]]:
-    """Return the grid and the headers in order along the normal, or refuse."""
+def _lay_out(headers: list[_Header], max_voxels: int) -> _Layout:
+    """Return the slices in order along the normal and where they lie, or refuse."""
     for file, dataset in headers:
         _check_plain_slice(file, dataset)
     first = headers[0][1]
@@ -226,13 +340,45 @@ def _stack(headers: list[_Header], max_voxels: int) -> tuple[Grid, list[_Header]
     axes = _axes(orientation)
     positions = np.array([_numbers(file, dataset, "ImagePositionPatient", 3) for file, dataset in headers])
     order = np.argsort(positions @ axes[:, 2], kind="stable")
-    ordered = [headers[i] for i in order]
-    spacing = _slice_spacing(ordered, positions[order], axes)
+    ordered, positions = [headers[i] for i in order], positions[order]
+    spacing = _slice_spacing(ordered, positions, axes)
+    pixel_xy = pixel_spacing[::-1]  # PixelSpacing is row distance (along y) first
+    untilted = _grid(shape, axes, np.array([*pixel_xy, spacing]), positions[0])
+    stack = SeriesStack(untilted, tuple(dataset for _, dataset in ordered), np.zeros((len(ordered), 2), int), shape)
+    if _is_tilted(positions, axes):
+        stack = _straightened(stack, positions, axes, pixel_xy)
+        check_voxel_count(stack.grid.shape_xyz, max_voxels)
+    return _Layout(stack, tuple(file for file, _ in ordered), untilted)
+
+
+def _grid(shape: tuple[int, int, int], axes: _Vector, spacing: _Vector, position: _Vector) -> Grid:
+    """Return the grid of unit axes (columns, LPS), a spacing and the position of its first voxel (LPS), in mm."""
     affine_lps = np.eye(4)
-    # PixelSpacing is row distance (along y) first
-    affine_lps[:3, :3] = axes * np.array([pixel_spacing[1], pixel_spacing[0], spacing])
-    affine_lps[:3, 3] = positions[order[0]]
-    return Grid(shape, ras_affine(affine_lps)), ordered
+    affine_lps[:3, :3] = axes * spacing
+    affine_lps[:3, 3] = position
+    return Grid(shape, ras_affine(affine_lps))
+
+
+def _straightened(stack: SeriesStack, positions: _Vector, axes: _Vector, pixel_xy: _Vector) -> SeriesStack:
+    """Return the stack of a tilted gantry on an orthogonal grid: every slice shifted to its nearest whole pixel."""
+    sideways = ((positions - positions[0]) @ axes)[:, :2]
+    length = float((positions[-1] - positions[0]) @ axes[:, 2])
+    spacing = length / (len(positions) - 1)
+    _check_straightens(sideways, length, spacing)
+    pixels = np.rint(sideways / pixel_xy).astype(np.int64)
+    offsets = pixels - pixels.min(axis=0)
+    wider, higher = offsets.max(axis=0).tolist()
+    columns, rows, count = stack.slices_shape
+    corner = positions[0] + axes[:, :2] @ (pixels.min(axis=0) * pixel_xy)
+    grid = _grid((columns + wider, rows + higher, count), axes, np.array([*pixel_xy, spacing]), corner)
+    return replace(stack, grid=grid, offsets=offsets)
+
+
+def _background(array_xyz: Array, header: Any) -> float:
+    """Return what lies beside the slices: air in CT, unless the scanner's own padding is lower; else the minimum."""
+    lowest = float(array_xyz.min())
+    holds_air = array_xyz.dtype.kind == "f" or np.iinfo(array_xyz.dtype).min <= AIR_HU
+    return min(lowest, AIR_HU) if header.get("Modality") == "CT" and holds_air else lowest
 
 
 def _check_plain_slice(file: Path, dataset: Any) -> None:
@@ -293,7 +439,6 @@ def _slice_spacing(ordered: list[_Header], positions: _Vector, axes: _Vector) ->
     gaps = np.diff(heights)
     _check_no_doubles(ordered, heights, gaps)
     _check_regular(ordered, heights, gaps)
-    _check_upright(positions, axes)
     spacing = float(np.linalg.norm(positions[-1] - positions[0]) / (len(ordered) - 1))
     check_spacing([spacing])
     return spacing
@@ -332,17 +477,30 @@ def _missing(gap: float, usual: float) -> str:
     return f": {count} missing" if count > 0 else ""
 
 
-def _check_upright(positions: _Vector, axes: _Vector) -> None:
-    """Refuse slices that are pushed sideways as the stack grows."""
+def _is_tilted(positions: _Vector, axes: _Vector) -> bool:
+    """Whether slices are pushed sideways as the stack grows, by more than rounded headers explain."""
     offsets = (positions - positions[0]) @ axes
     drift = float(np.linalg.norm(offsets[:, :2], axis=1).max())
-    length = float(offsets[-1, 2])
-    if drift > max(SHEAR_TOLERANCE * length, TILT_TOLERANCE_MM):
+    return drift > max(SHEAR_TOLERANCE * float(offsets[-1, 2]), TILT_TOLERANCE_MM)
+
+
+def _check_straightens(sideways: _Vector, length: float, spacing: float) -> None:
+    """Refuse shifts in plane (mm, one row per slice) that do not grow evenly, or are steeper than any gantry."""
+    steady = np.linspace(0, 1, len(sideways))[:, np.newaxis] * sideways[-1]
+    uneven = float(np.linalg.norm(sideways - steady, axis=1).max())
+    if uneven > SLICE_POSITION_TOLERANCE * spacing:
         raise GeometryError(
-            f"found slices shifted sideways by up to {drift:.3g} mm over a stack of {length:.4g} mm: a gantry tilt of "
-            f"about {np.degrees(np.arctan2(drift, length)):.1f} degrees, expected slices stacked along their normal; "
-            "resample the series to an orthogonal grid, e.g. with 3D Slicer (which corrects the tilt on import) or "
-            "dcm2niix"
+            f"found slices shifted sideways unevenly, up to {uneven:.3g} mm off a straight stack with slices "
+            f"{spacing:g} mm apart, expected one shift per slice as a tilted gantry leaves it; the series mixes "
+            "several acquisitions or was moved by hand: export it again, or resample it, e.g. with 3D Slicer"
+        )
+    drift = float(np.linalg.norm(sideways[-1]))
+    degrees = float(np.degrees(np.arctan2(drift, length)))
+    if degrees > MAX_TILT_DEGREES:
+        raise GeometryError(
+            f"found slices shifted sideways by {drift:.4g} mm over a stack of {length:.4g} mm, a tilt of "
+            f"{degrees:.1f} degrees, expected at most {MAX_TILT_DEGREES:g} (no gantry tilts farther); check its "
+            "ImagePositionPatient and ImageOrientationPatient, or resample the series, e.g. with 3D Slicer"
         )
 
 
@@ -361,10 +519,10 @@ def _numbers(file: Path, dataset: Any, keyword: str, count: int) -> _Vector:
     return numbers
 
 
-def _decode(folder: Path, ordered: list[_Header]) -> sitk.Image:
+def _decode(folder: Path, layout: _Layout) -> sitk.Image:
     reader = sitk.ImageSeriesReader()
-    reader.SetFileNames([str(file) for file, _ in ordered])
-    if not _stored_alike([dataset for _, dataset in ordered]):
+    reader.SetFileNames([str(file) for file in layout.files])
+    if not _stored_alike(layout.stack.headers):
         reader.SetOutputPixelType(sitk.sitkFloat32)
     try:
         image = reader.Execute()

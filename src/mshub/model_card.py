@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails
 from mshub.card_tables import Channel, Finite, InputRules, Link, Modality, Plan, Table, Text, Weights
 from mshub.errors import CatalogueError, LabelError
 from mshub.label_rules import refuse_unfit_names
+from mshub.structures import StructureOverride
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -65,6 +66,8 @@ class ModelCard(Table):
         Reported Dice similarity coefficient, 0..1, and the edition of the catalogue it is from.
     licence, access, description : str or None
         Terms of use, conditions of access, and more about the model.
+    structures : dict of str to StructureOverride
+        DICOM codes and colours of structures, by name, where MSHub's own table does not know better.
     plan : Plan or None
         What a bare state file of nnU-Net v1, weights without their plans, does not say itself.
     weights : Weights or None
@@ -95,6 +98,7 @@ class ModelCard(Table):
     access: Text | None = None
     notes: tuple[Text, ...] = ()
     channels: tuple[Channel, ...] = ()
+    structures: dict[str, StructureOverride] = Field(default_factory=dict)
     plan: Plan | None = None
     weights: Weights | None = None
     links: tuple[Link, ...] = ()
@@ -180,7 +184,8 @@ def parse_card(text: str, source: str) -> ModelCard:
 def dump_card(card: ModelCard) -> str:
     """Return a card as TOML text that `load_card` reads back as an equal card. Empty keys are left out."""
     content = card.model_dump(mode="json", exclude_none=True)
-    return tomli_w.dumps({key: value for key, value in content.items() if value != []}, multiline_strings=False)
+    told = {key: value for key, value in content.items() if value not in ([], {})}
+    return tomli_w.dumps(told, multiline_strings=False)
 
 
 def validated_card(content: Mapping[str, Any], source: str) -> ModelCard:
@@ -219,5 +224,11 @@ def _fault(detail: ErrorDetails) -> str:
 
 
 def _known_keys(loc: tuple[int | str, ...]) -> list[str]:
-    nested: dict[str, type[Table]] = {"channels": Channel, "links": Link, "plan": Plan, "weights": Weights}
+    nested: dict[str, type[Table]] = {
+        "channels": Channel,
+        "links": Link,
+        "plan": Plan,
+        "structures": StructureOverride,
+        "weights": Weights,
+    }
     return list((nested[str(loc[0])] if len(loc) > 1 else ModelCard).model_fields)

@@ -32,6 +32,7 @@ from filelock import FileLock, Timeout
 from platformdirs import user_data_path
 
 from mshub.atomic_file import replace_json, replace_text
+from mshub.card_tables import Channel
 from mshub.catalogue import Catalogue, ModelCard, dump_card, parse_card
 from mshub.checksums import tree_sha256
 from mshub.errors import ChecksumMismatch, ModelNotAvailable, MSHubError, StoreError
@@ -76,6 +77,16 @@ class ModelVersion:
     def card(self) -> ModelCard:
         """The card the version was installed with."""
         return parse_card(self.record["card"], f"of {self.model_id} {self.version}")
+
+    @property
+    def channels(self) -> tuple[Channel, ...]:
+        """The images the model takes, in order, each with its modality."""
+        card = self.card
+        named = {channel.name: channel for channel in card.channels}
+        channels = [named.get(name) or Channel(name=name) for name in self.record["channels"]]
+        return tuple(
+            channel if channel.modality else channel.model_copy(update={"modality": card.modality}) for channel in channels
+        )
 
     @property
     def number(self) -> int:

@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from orthanc import Orthanc, OrthancMissing, find_orthanc
 
 SHARED_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
@@ -13,3 +18,23 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"real images are not here: {SHARED_DATA.name}/ beside the checkout is absent")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def orthanc() -> Iterator[Callable[..., Orthanc]]:
+    """Return a function that starts a PACS in a folder; skipped where Orthanc is not installed."""
+    started: list[Orthanc] = []
+
+    def start(folder: Path, **options: Any) -> Orthanc:
+        started.append(Orthanc(folder, **options))
+        return started[-1]
+
+    try:
+        find_orthanc()
+    except OrthancMissing as error:
+        if os.environ.get("MSHUB_E2E") == "required":
+            raise
+        pytest.skip(f"no PACS to test with: {error}")
+    yield start
+    for pacs in started:
+        pacs.stop()

@@ -12,6 +12,7 @@ import SimpleITK as sitk  # noqa: N813
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
+from mshub.dicom_series import read_stack
 from mshub.errors import CaseError, GeometryError
 from mshub.geometry import Volume, check_channels, same_grid, to_sitk
 from mshub.volume_io import read_grid, read_volume, write_nifti
@@ -211,6 +212,156 @@ class TestReading:
         assert same_grid(read_grid(tmp_path / "ct.nii.gz"), volume.grid)
 
 
+def write_tilted(folder: Path, sideways: tuple[float, float], **changes) -> Path:
+    """Write a series whose slices are pushed along rows and along columns by so many mm per slice."""
+    step = AXES @ [*sideways, SLICE_SPACING]
+    for k in range(SLICES):
+        write_slice(folder, k, ImagePositionPatient=list(np.round(ORIGIN + k * step, 8)), **changes)
+    return folder
+
+
+TILTS = {
+    "whole pixels up": (0, ROW_SPACING),
+    "whole pixels down": (0, -ROW_SPACING),
+    "15 degrees": (0, np.tan(np.radians(15)) * SLICE_SPACING),
+    "-30 degrees": (0, np.tan(np.radians(-30)) * SLICE_SPACING),
+    "along rows": (0.9, 0),
+    "both ways": (-0.55, 0.83),
+    "below half a pixel": (0, 0.06),
+}
+
+
+class TestTiltedGantry:
+    @pytest.mark.parametrize("sideways", TILTS.values(), ids=TILTS)
+    def test_every_pixel_lies_within_half_a_pixel_of_where_its_header_says(self, tmp_path, sideways):
+        folder = write_tilted(tmp_path / "ct", sideways)
+        stack, volume = read_stack(folder), read_volume(folder)
+        assert same_grid(stack.grid, volume.grid)
+        pixels = stack.to_slices(volume.array_xyz)
+        assert pixels.shape == stack.slices_shape == (COLUMNS, ROWS, SLICES)
+        for k in range(SLICES):
+            np.testing.assert_array_equal(pixels[:, :, k], stored(k).T - 1024)
+            by_header = np.array(stack.headers[k].ImagePositionPatient, dtype=float)
+            index = (*stack.offsets[k], k)
+            found = nib.affines.apply_affine(volume.grid.affine_ras, index) * [-1, -1, 1]
+            off = (found - by_header) @ AXES
+            assert np.abs(off / [COLUMN_SPACING, ROW_SPACING, 1]).max() <= 0.5 + 1e-6
+            assert off[2] == pytest.approx(0, abs=1e-6)
+
+    def test_whole_pixels_are_straightened_without_an_error(self, tmp_path):
+        stack = read_stack(write_tilted(tmp_path / "ct", TILTS["whole pixels down"]))
+        assert stack.offsets.tolist() == [[0, SLICES - 1 - k] for k in range(SLICES)]
+        assert stack.grid.shape_xyz == (COLUMNS, ROWS + SLICES - 1, SLICES)
+        assert stack.grid.spacing_xyz_mm == pytest.approx((COLUMN_SPACING, ROW_SPACING, SLICE_SPACING))
+        for k in range(SLICES):
+            found = nib.affines.apply_affine(stack.grid.affine_ras, (*stack.offsets[k], k)) * [-1, -1, 1]
+            np.testing.assert_allclose(found, np.array(stack.headers[k].ImagePositionPatient, float), atol=1e-6)
+
+    @pytest.mark.parametrize("sideways", TILTS.values(), ids=TILTS)
+    def test_labels_go_to_the_slices_and_back_unchanged(self, tmp_path, sideways):
+        stack = read_stack(write_tilted(tmp_path / "ct", sideways))
+        label = np.random.default_rng(0).integers(0, 4, stack.slices_shape).astype(np.uint8)
+        on_grid = stack.from_slices(label)
+        assert on_grid.shape == stack.grid.shape_xyz
+        assert on_grid.dtype == np.uint8
+        assert on_grid.sum() == label.sum()  # zero beside the slices
+        np.testing.assert_array_equal(stack.to_slices(on_grid), label)
+
+    def test_beside_the_slices_lies_air_in_ct(self, tmp_path):
+        folder = write_tilted(tmp_path / "ct", TILTS["both ways"], RescaleIntercept=0)
+        stack, volume = read_stack(folder), read_volume(folder)
+        beside = stack.from_slices(np.ones(stack.slices_shape, bool), fill=0) == 0
+        assert beside.any()
+        assert set(volume.array_xyz[beside]) == {-1024}
+
+    @pytest.mark.parametrize(
+        ("changes", "expected"),
+        [
+            ({"RescaleIntercept": -3024}, -3024),  # the scanner's own padding is lower
+            ({"Modality": "MR", "RescaleIntercept": 7}, 7),
+            ({"Modality": "MR", "RescaleIntercept": None, "RescaleSlope": 0.5}, 0),
+        ],
+    )
+    def test_beside_the_slices_lies_the_minimum_otherwise(self, tmp_path, changes, expected):
+        folder = write_tilted(tmp_path / "s", TILTS["both ways"], **changes)
+        stack, volume = read_stack(folder), read_volume(folder)
+        beside = stack.from_slices(np.ones(stack.slices_shape, bool)) == 0
+        assert set(volume.array_xyz[beside]) == {expected}
+
+    def test_it_survives_the_way_through_nifti(self, tmp_path):
+        volume = read_volume(write_tilted(tmp_path / "ct", TILTS["15 degrees"]))
+        write_nifti(tmp_path / "ct.nii.gz", volume.array_xyz, volume.grid)
+        again = read_volume(tmp_path / "ct.nii.gz")
+        assert same_grid(again.grid, volume.grid)
+        np.testing.assert_array_equal(again.array_xyz, volume.array_xyz)
+
+    def test_rounded_positions_are_straightened_like_exact_ones(self, tmp_path):
+        exact = read_stack(write_tilted(tmp_path / "exact", TILTS["15 degrees"]))
+        folder = tmp_path / "rounded"
+        for k in range(SLICES):
+            position = ORIGIN + k * AXES @ [*TILTS["15 degrees"], SLICE_SPACING]
+            write_slice(folder, k, ImagePositionPatient=[round(float(v), 2) for v in position])
+        assert read_stack(folder).offsets.tolist() == exact.offsets.tolist()
+
+    def test_arrays_of_another_shape_are_refused(self, tmp_path):
+        stack = read_stack(write_tilted(tmp_path / "ct", TILTS["15 degrees"]))
+        with pytest.raises(GeometryError, match="found an array of 5 x 7 x 9 voxels, expected 5 x 12 x 9"):
+            stack.to_slices(np.zeros(stack.slices_shape))
+        with pytest.raises(GeometryError, match=r"found an array of 5 x 12 x 9 pixels, expected 5 x 7 x 9 .*slices"):
+            stack.from_slices(np.zeros(stack.grid.shape_xyz))
+
+
+class TestStack:
+    def test_headers_are_in_the_order_of_z_and_hold_everything_but_pixels(self, tmp_path):
+        folder = write_series(tmp_path / "ct", PatientName="Doe^Jane", FrameOfReferenceUID="1.9")
+        stack, volume = read_stack(folder), read_volume(folder)
+        assert same_grid(stack.grid, volume.grid)
+        assert stack.slices_shape == (COLUMNS, ROWS, SLICES)
+        for k, header in enumerate(stack.headers):
+            corner = nib.affines.apply_affine(stack.grid.affine_ras, (0, 0, k)) * [-1, -1, 1]
+            np.testing.assert_allclose(np.array(header.ImagePositionPatient, float), corner, rtol=0, atol=1e-6)
+            assert (header.InstanceNumber, str(header.PatientName)) == (SLICES - k, "Doe^Jane")
+            assert header.FrameOfReferenceUID == "1.9"
+            assert "PixelData" not in header
+            assert header.file_meta.TransferSyntaxUID == ExplicitVRLittleEndian
+
+    def test_of_an_upright_series_slices_are_the_grid(self, tmp_path):
+        stack = read_stack(write_series(tmp_path / "ct"))
+        array = np.random.default_rng(0).normal(size=stack.slices_shape)
+        assert not stack.tilted
+        assert not stack.offsets.any()
+        assert stack.to_slices(array) is array
+        assert stack.from_slices(array) is array
+
+    def test_files_that_have_lost_their_pixels_will_do(self, tmp_path):
+        expected = read_stack(write_series(tmp_path / "ct"))
+        stack = read_stack(write_series(tmp_path / "headers", PixelData=None))
+        assert same_grid(stack.grid, expected.grid)
+
+    def test_blank_uids_will_do(self, tmp_path):
+        blank = {"SeriesInstanceUID": "", "StudyInstanceUID": "", "SOPClassUID": ""}
+        assert len(read_stack(write_series(tmp_path / "ct", **blank)).headers) == SLICES
+
+    def test_a_series_is_chosen_by_its_uid(self, tmp_path):
+        folder = write_series(tmp_path / "both")
+        for k in range(4):
+            write_slice(folder, k, name=f"other{k}", SeriesInstanceUID="1.2.3.5")
+        stack = read_stack(folder, series_uid="1.2.3.5")
+        assert [header.SeriesInstanceUID for header in stack.headers] == ["1.2.3.5"] * 4
+
+    def test_what_reading_refuses_is_refused(self, tmp_path):
+        with pytest.raises(GeometryError, match=r"gap of 5 mm .*: 1 missing"):
+            read_stack(write_series(tmp_path / "gap", [0, 1, 2, 4, 5]))
+        with pytest.raises(CaseError, match="expected at most 314"):
+            read_stack(write_series(tmp_path / "ct"), max_voxels=314)
+
+    def test_a_damaged_value_that_geometry_does_not_need_is_no_obstacle(self, tmp_path):
+        folder = write_series(tmp_path / "ct", PatientAge="044Y")
+        for file in folder.iterdir():
+            file.write_bytes(file.read_bytes().replace(b"044Y", b"\xff\xfe\x00\x01"))
+        assert len(read_stack(folder).headers) == SLICES
+
+
 class TestRefusing:
     def test_an_empty_folder(self, tmp_path):
         with pytest.raises(CaseError, match="found no DICOM file in the folder"):
@@ -297,13 +448,32 @@ class TestRefusing:
         with pytest.raises(GeometryError, match=r"PixelSpacing: z has \[1.1, 0.9\]"):
             read_volume(folder)
 
-    def test_a_gantry_tilt_and_measures_it(self, tmp_path):
-        folder = tmp_path / "ct"
-        step = SLICE_SPACING * (AXES[:, 2] + np.tan(np.radians(15)) * AXES[:, 1])
-        for k in range(SLICES):
-            write_slice(folder, k, ImagePositionPatient=list(np.round(ORIGIN + k * step, 8)))
-        with pytest.raises(GeometryError, match=r"gantry tilt of about 15.0 degrees.*resample"):
+    def test_a_tilt_that_no_gantry_has(self, tmp_path):
+        folder = write_tilted(tmp_path / "ct", sideways=(0, 2.6))  # mm per slice, 2.5 mm apart
+        with pytest.raises(GeometryError, match=r"sideways by 20.8 mm over a stack of 20 mm, a tilt of 46.1 degrees"):
             read_volume(folder)
+
+    @pytest.mark.parametrize("shifted", [3, SLICES - 1])
+    def test_one_slice_that_is_shifted_sideways(self, tmp_path, shifted):
+        folder = write_series(tmp_path / "ct")
+        position = ORIGIN + shifted * SLICE_SPACING * AXES[:, 2] + 3 * AXES[:, 0]
+        write_slice(folder, shifted, ImagePositionPatient=list(np.round(position, 8)))
+        with pytest.raises(GeometryError, match=r"shifted sideways unevenly, up to .* mm off a straight stack"):
+            read_volume(folder)
+
+    def test_slices_that_swing_sideways(self, tmp_path):
+        folder = tmp_path / "ct"
+        for k in range(SLICES):
+            position = ORIGIN + k * SLICE_SPACING * AXES[:, 2] + (k % 2) * AXES[:, 1]
+            write_slice(folder, k, ImagePositionPatient=list(np.round(position, 8)))
+        with pytest.raises(GeometryError, match=r"unevenly, up to 1 mm off .* 2.5 mm apart"):
+            read_volume(folder)
+
+    def test_more_voxels_than_allowed_once_a_tilt_is_straightened(self, tmp_path):
+        folder = write_tilted(tmp_path / "ct", sideways=(0, ROW_SPACING))
+        with pytest.raises(CaseError, match="5 x 15 x 9 = 675 voxels, expected at most 674"):
+            read_volume(folder, max_voxels=674)
+        assert read_volume(folder, max_voxels=675).grid.shape_xyz == (5, 15, 9)
 
     def test_a_single_slice(self, tmp_path):
         with pytest.raises(GeometryError, match=r"found a single slice .* at least 2 slices"):

@@ -16,10 +16,13 @@ LIBRARY, APP = ROOT / "src" / "mshub", ROOT / "apps" / "mshub"
 
 # Lowest first; a module may import those before it. Modules of one package count as one where only it is listed.
 LIBRARY_LAYERS = (
-    *("errors", "atomic_file", "label_rules", "dataset_json", "labels", "card_tables", "model_card", "card_draft"),
+    *("errors", "atomic_file", "label_rules", "dataset_json", "labels", "card_tables", "structures"),
+    *("model_card", "card_draft"),
     *("catalogue", "checksums", "sources", "model_layouts", "archive", "downloads", "http_file", "drive"),
     *("fetch", "store"),
-    *("image_limits", "geometry", "image_file", "nifti", "itk_files", "dicom_series", "volume_io", "corrections"),
+    *("image_limits", "geometry", "image_file", "nifti", "itk_files", "dicom_series", "volume_io"),
+    *("mr_sequences", "channel_series", "dicom_derived", "seg_frames", "dicom_seg", "contours", "dicom_rtstruct"),
+    *("label_export", "corrections"),
     *("cases", "case_folders", "training_labels", "doubts", "scores", "recipe", "gate", "holdout", "jobs", "lineage"),
     *("report.contents", "report.words", "report.comparisons", "report.curves", "report.canvas", "report.slices"),
     "report.page",
@@ -31,7 +34,8 @@ LIBRARY_LAYERS = (
     *("evaluation", "bundled", "install", "round_report", "rounds", "worker", "serve", "console", "cli", "__main__"),
 )
 APP_LAYERS = (
-    *("lib.faults", "lib.conf", "lib.activity", "lib.digests", "lib.reviews", "lib.datastore", "lib.pacs"),
+    *("lib.faults", "lib.conf", "lib.activity", "lib.digests", "lib.reviews", "lib.datastore"),
+    *("lib.pacs_client", "lib.pacs_images", "lib.pacs_labels", "lib.pacs", "lib.exports"),
     *("lib.infers", "lib.trainers", "lib.activelearning", "lib.app", "lib.server", "main"),
 )
 PACKAGES = ("mshub", "mshub.nnunet", "mshub.report")  # hold modules, and no code of their own

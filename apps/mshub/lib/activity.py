@@ -18,8 +18,9 @@ LOG_EVERY_S = 5.0
 class Run:
     """One running prediction."""
 
-    def __init__(self, number: int, model: str, image: str) -> None:
-        self.number, self.model, self.image = number, model, image
+    def __init__(self, number: int, model: str, image: str, client: str = "") -> None:
+        self.number, self.model, self.image, self.client = number, model, image, client
+        self.stage = "waiting"
         self.done, self.total = 0, 0
         self._started = self._logged = time.monotonic()
 
@@ -31,6 +32,15 @@ class Run:
             self._logged = now
             logger.info("%s: tile %d of %d, %.0f s", self.model, done, total, now - self._started)
 
+    def loading(self, done: int, total: int) -> None:
+        """Take note of images of the PACS downloaded and in all."""
+        self.stage, self.done, self.total = "loading", done, total
+
+    def predicting(self) -> None:
+        """Take note that the images are here."""
+        self.stage, self.done, self.total = "predicting", 0, 0
+        self._started = time.monotonic()
+
     def as_dict(self) -> dict[str, Any]:
         """Return the run for a client; `seconds_left` is None until the first tile is done."""
         seconds = time.monotonic() - self._started
@@ -39,6 +49,8 @@ class Run:
             "id": self.number,
             "model": self.model,
             "image": self.image,
+            "client": self.client,
+            "stage": self.stage,
             "tiles_done": self.done,
             "tiles_total": self.total,
             "seconds": round(seconds, 1),
@@ -56,10 +68,10 @@ class Activity:
         self.finished = self.failed = 0
 
     @contextmanager
-    def run(self, model: str, image: str) -> Iterator[Run]:
+    def run(self, model: str, image: str, client: str = "") -> Iterator[Run]:
         """Register a prediction for as long as the block runs."""
         with self._lock:
-            run = Run(next(self._numbers), model, image)
+            run = Run(next(self._numbers), model, image, client)
             self._runs[run.number] = run
         try:
             yield run

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,20 +18,24 @@ from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from monailabel.interfaces.tasks.strategy import Strategy
 
 import mshub
-from lib.activelearning import Random
+from lib.activelearning import First, Random
 from lib.activity import Activity
 from lib.conf import Config
 from lib.datastore import StudiesFolder
 from lib.digests import Digests
+from lib.exports import check_format, export_label, export_prediction
 from lib.faults import as_http_errors, not_found
 from lib.infers import NNUNetInferTask
-from lib.pacs import open_pacs
+from lib.pacs import PacsStudies
+from lib.pacs_client import PacsClient
 from lib.trainers import NNUNetTrainTask, Trainings, studies_of
 from mshub.errors import MSHubError
 from mshub.jobs import Jobs
+from mshub.label_export import FORMATS
 from mshub.nnunet.devices import available_devices
 from mshub.nnunet.network_cache import NetworkCache
 from mshub.store import ModelStore
+from mshub.structures import StructureOverride
 
 logger = logging.getLogger(__name__)
 
@@ -80,11 +86,27 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
     def init_datastore(self) -> Datastore:
         """Return the studies folder, or the series behind a DICOMweb address."""
         if "://" in self.studies:
-            return open_pacs(self.studies.rstrip("/"))
+            return self._init_dicomweb_datastore()
         return StudiesFolder(
             self.studies,
             self._structures,
             self.store.home / "refused-labels",
+            auto_reload=settings.MONAI_LABEL_DATASTORE_AUTO_RELOAD,
+            read_only=settings.MONAI_LABEL_DATASTORE_READ_ONLY,
+        )
+
+    def _init_dicomweb_datastore(self) -> Datastore:
+        """Return the series of a PACS; it need not be up yet, and nothing else is asked for over the network."""
+        client = PacsClient(self.studies)
+        search = settings.MONAI_LABEL_DICOMWEB_SEARCH_FILTER
+        address = hashlib.sha256(client.url.encode()).hexdigest()[:16]
+        return PacsStudies(
+            client,
+            str(self.store.home / "pacs" / address),
+            self._structures,
+            self._structure_overrides,
+            self.store.home / "refused-labels",
+            [kind.strip() for kind in str(search.get("Modality") or "CT,MR").split(",")],
             auto_reload=settings.MONAI_LABEL_DATASTORE_AUTO_RELOAD,
             read_only=settings.MONAI_LABEL_DATASTORE_READ_ONLY,
         )
@@ -94,14 +116,12 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         return {model: self._infer_task(model) for model in self._served()}
 
     def init_trainers(self) -> dict[str, NNUNetTrainTask]:
-        """Return one trainer per installed model; none for series of a DICOMweb server."""
-        if not isinstance(self.datastore(), StudiesFolder):
-            logger.info("no training: labels of series on a DICOMweb server cannot be trained with yet")
+        """Return one trainer per installed model."""
         return self._current_trainers()
 
     def init_strategies(self) -> dict[str, Strategy]:
         """Return the strategies by name; clients rely on ``random``."""
-        return {"random": Random()}
+        return {"random": Random(), "first": First()}
 
     def info(self) -> dict[str, Any]:
         """Return what clients read first; models added or removed since are taken in."""
@@ -109,6 +129,8 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         info: dict[str, Any] = super().info()
         info["trainers"] = self.trainings.trainers(self._trainers, self.datastore())
         info["train_stats"] = self.trainings.stats(self._trainers)
+        datastore = self.datastore()
+        info["mshub"] = {"pacs": datastore.pacs() if isinstance(datastore, PacsStudies) else None}
         return info
 
     def status(self) -> dict[str, Any]:
@@ -142,6 +164,11 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         """Return the names of all structures the installed models know: what a submitted label may hold."""
         return {name for model in self._served() for name in self.store.current(model).record["labels"]}
 
+    def _structure_overrides(self) -> dict[str, StructureOverride]:
+        """Return what the cards of the installed models say of their structures: codes and colours."""
+        cards = [self.store.current(model).card for model in self._served()]
+        return {name: said for card in cards for name, said in card.structures.items()}
+
     def _served(self) -> list[str]:
         installed = self.store.installed()
         return [model for model in installed if not self.config.models or model in self.config.models]
@@ -170,6 +197,9 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         MONAI Label's own method takes any path that exists for an image and the working directory for a missing one;
         here an image is an id of the datastore, a session's image or a file uploaded with this request.
 
+        With ``grid = "series"`` the label has the pixels of the series' slices, which differs for a tilted gantry: what
+        OHIF shows. Its stock panel is known by the ``restore_label_idx`` that nobody else sends.
+
         Raises
         ------
         fastapi.HTTPException
@@ -180,6 +210,7 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         request = {**copy.deepcopy(request), **self._case(request, datastore)}
         path, params = task(request)
         label = path
+        pixelwise = "restore_label_idx" in request or request.get("grid") == "series"
         if request.get("save_label") and request["image_id"]:
             tag = request.get("label_tag") or DefaultLabelTag.ORIGINAL
             tag = str(getattr(tag, "value", tag))  # an enum in MONAI Label's batch, text in a request
@@ -189,7 +220,18 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
             except BaseException:
                 Path(path).unlink(missing_ok=True)
                 raise
+        if pixelwise and isinstance(datastore, PacsStudies) and request["image_id"]:
+            datastore.write_pixelwise(request["image_id"], Path(path))
         return {"label": label, "tag": DefaultLabelTag.ORIGINAL.value, "file": path, "params": params}
+
+    def infer_dicom(self, request: dict[str, Any], format: str) -> Path:
+        """Segment one series of the PACS, and return the label as a temporary DICOM file; `format` as `FORMATS`."""
+        check_format(format, tuple(FORMATS))
+        answer = self.infer({**request, "result_extension": ".nii.gz", "result_dtype": "", "grid": ""})
+        try:
+            return export_prediction(self.datastore(), request["image"], Path(answer["file"]), answer["params"], format)
+        finally:
+            Path(answer["file"]).unlink(missing_ok=True)
 
     def batch_infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> Any:
         """Segment many images; MONAI Label, left to itself, shares them among the GPUs and divides by their number."""
@@ -221,6 +263,41 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         sample: dict[str, Any] = super().next_sample(request)
         return sample
 
+    def on_save_label(self, image_id: str, label_id: str) -> dict[str, Any]:
+        """Return what the answer to a submitted label says of it: what was reviewed, what is odd, and the PACS."""
+        datastore = self._studies()
+        tags = datastore.get_labels_by_image_id(image_id)
+        if DefaultLabelTag.FINAL.value not in tags:
+            return {}
+        info = datastore.get_label_info(image_id, DefaultLabelTag.FINAL.value)
+        return {key: info[key] for key in ("reviewed", "doubts", "pacs") if key in info}
+
+    def labels_of(self, image: str) -> dict[str, dict[str, Any]]:
+        """Return what is known of an image's labels, by tag; 404 for an unknown image."""
+        datastore = self._studies()
+        if isinstance(datastore, PacsStudies):
+            datastore.take_in(image)
+        datastore.get_image_info(image)
+        return {tag: datastore.get_label_info(image, tag) for tag in datastore.get_labels_by_image_id(image)}
+
+    def export_of(self, image: str, tag: str, format: str) -> tuple[Path, dict[str, int]]:
+        """Return a stored label as a temporary file, and its names; see `lib.exports.export_label`."""
+        datastore = self._studies()
+        datastore.get_image_info(image)
+        return export_label(datastore, image, tag, format)
+
+    def channels_of(self, model: str, image: str) -> dict[str, Any]:
+        """Return what would serve each channel of a model, why, and what else could; 404 for an unknown model."""
+        self._task(model)
+        datastore, channels = self._studies(), self.store.current(model).channels
+        if not isinstance(datastore, PacsStudies):
+            files = datastore.channels(image)
+            return {"problem": None, "channels": [{"name": c.name} for c in channels], "files": [p.name for p in files]}
+        return datastore.describe_channels(image, channels)
+
+    def _studies(self) -> StudiesFolder:
+        return studies_of(self.datastore())
+
     def _task(self, model: Any) -> NNUNetInferTask:
         self._refresh()
         if not isinstance(model, str) or model not in self._infers:
@@ -240,6 +317,10 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
             raise HTTPException(400, "The request names no image: send an image id, a session id or a file.")
         if self._is_session_image(request, image) or _is_upload(image):
             return {"image_id": "", "image": image, "channels": _files_of(Path(image))}
+        if isinstance(datastore, PacsStudies):
+            datastore.get_image_info(image)  # 404 before anything is computed
+            find = partial(datastore.find, image, _chosen_series(request))
+            return {"image_id": image, "image": str(datastore.get_image_info(image)["path"]), "find": find}
         if not isinstance(datastore, StudiesFolder):
             uri = datastore.get_image_uri(image)
             return {"image_id": image, "image": uri, "channels": [uri]}
@@ -279,6 +360,16 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         if not isinstance(model, str) or model not in self._trainers:
             self._refuse_model(model)
         return self._trainers[model]
+
+
+def _chosen_series(request: dict[str, Any]) -> dict[str, str]:
+    """Return the series a request names for channels: channel name to SeriesInstanceUID."""
+    series = request.get("series") or {}
+    if not isinstance(series, dict) or not all(isinstance(uid, str) for uid in series.values()):
+        raise HTTPException(
+            400, f'series is {series!r}; expected the SeriesInstanceUIDs of channels, such as {{"FLAIR": "1.2.3"}}.'
+        )
+    return {name: uid for name, uid in series.items() if uid}
 
 
 def _keep_prediction(datastore: Datastore, image: str, path: str, tag: str, info: dict[str, Any]) -> str:

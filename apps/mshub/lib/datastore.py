@@ -6,7 +6,7 @@ import logging
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
@@ -20,11 +20,13 @@ from monailabel.interfaces.datastore import DefaultLabelTag
 from lib.faults import as_http_errors, check_name
 from lib.reviews import reviewed_case
 from mshub.atomic_file import replace_by_copy, replace_json
+from mshub.card_tables import Channel
 from mshub.case_folders import PATIENTS, read_patients
 from mshub.cases import ReviewedCase
 from mshub.corrections import Correction, read_correction
 from mshub.doubts import label_doubts
 from mshub.errors import MSHubError
+from mshub.geometry import Array, Grid
 from mshub.store import utc_now
 from mshub.volume_io import read_grid, read_volume
 
@@ -62,7 +64,7 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
         auto_reload: bool = False,
         read_only: bool = False,
     ) -> None:
-        self._structures, self._refused = structures, RefusedLabels(refused)
+        self.structures, self._refused = structures, RefusedLabels(refused)
         self._warned: set[str] = set()
         super().__init__(
             path, extensions=[f"*{ending}" for ending in IMAGE_ENDINGS], auto_reload=auto_reload, read_only=read_only
@@ -155,7 +157,7 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
         with as_http_errors():
             try:
                 correction = read_correction(
-                    Path(label_filename), label_info.get("label_info"), read_grid(image), self._structures()
+                    Path(label_filename), label_info.get("label_info"), read_grid(image), self.structures()
                 )
             except MSHubError as error:
                 kept = self._refused.keep(Path(label_filename), image_id, label_tag, label_info, str(error))
@@ -188,8 +190,21 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
         check_name("label tag", label_tag)
         return self._store_label(image_id, path, label_tag, label_info)
 
-    def reviewed_cases(self) -> list[ReviewedCase]:
+    def pixelwise(self, image_id: str, array_xyz: Array) -> tuple[Array, Grid]:
+        """Return an array of an image's grid as a viewer counts its pixels, and their grid: here the same."""
+        return array_xyz, read_grid(Path(self.get_image_uri(image_id)))
+
+    def case_channels(self, image_id: str, channels: Sequence[Channel]) -> list[Path]:
+        """Return the files a model with these channels learns an image from: here all it has."""
+        return self.channels(image_id)
+
+    def reviewed_cases(self, channels: Sequence[Channel] = ()) -> list[ReviewedCase]:
         """Return every image with a final label that a model could learn from, by id; others are named in the log.
+
+        Parameters
+        ----------
+        channels : sequence of Channel
+            The model's; of no consequence in a folder, where the names of the files say what belongs together.
 
         Raises
         ------
@@ -197,13 +212,17 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
             ``patients.csv`` in the folder is not what `mshub.case_folders.read_patients` expects.
         """
         patients = read_patients(Path(self._datastore.image_path()) / PATIENTS)
-        images = set(self.list_images())
+        images = set(self._known_images())
         for case in sorted(patients.keys() - images):
             self._warn_once(f"{PATIENTS} names {case}, which is no image here")
-        tag, structures = DefaultLabelTag.FINAL.value, self._structures()
+        tag, structures = DefaultLabelTag.FINAL.value, self.structures()
         labelled = sorted(image for image in images if self.get_label_uri(image, tag))
-        cases = [self._reviewed_case(image, patients, structures) for image in labelled]
+        cases = [self._reviewed_case(image, channels, patients, structures) for image in labelled]
         return [case for case in cases if case is not None]
+
+    def _known_images(self) -> list[str]:
+        """Return the images there may be labels of."""
+        return list(self.list_images())
 
     def status(self) -> dict[str, Any]:
         """Return the numbers of images and labels, from a copy: labels may be stored while a client asks."""
@@ -212,13 +231,13 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
         return {"total": len(self.list_images()), "completed": completed, "label_tags": dict(tags)}
 
     def _reviewed_case(
-        self, image_id: str, patients: dict[str, str], structures: Collection[str]
+        self, image_id: str, channels: Sequence[Channel], patients: dict[str, str], structures: Collection[str]
     ) -> ReviewedCase | None:
         tag = DefaultLabelTag.FINAL.value
         try:
             return reviewed_case(
                 image_id,
-                self.channels(image_id),
+                self.case_channels(image_id, channels),
                 Path(self.get_label_uri(image_id, tag)),
                 label_info=self.get_label_info(image_id, tag),
                 image_info=self.get_image_info(image_id),
@@ -255,11 +274,15 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
 
     def _put_aside(self, image_id: str, tag: str, labels: dict[str, DataModel]) -> None:
         """Copy the label that is about to be replaced to the next ``version_N``, which the Reviewer tool shows."""
-        numbers = [int(match[1]) for match in map(_VERSION.fullmatch, labels) if match]
-        version, old = f"version_{max(numbers, default=0) + 1}", labels[tag]
+        version, old = self._next_version(image_id), labels[tag]
         name = image_id + old.ext
         replace_by_copy(Path(self._datastore.label_path(tag)) / name, Path(self._datastore.label_path(version)) / name)
         labels[version] = DataModel(info={**old.info, "replaced_tag": tag}, ext=old.ext)
+
+    def _next_version(self, image_id: str) -> str:
+        labels = self._datastore.objects[image_id].labels
+        numbers = [int(match[1]) for match in map(_VERSION.fullmatch, labels) if match]
+        return f"version_{max(numbers, default=0) + 1}"
 
     def _update_datastore_file(self, lock: bool = True) -> None:
         """Write the index whole or not at all; MONAI Label truncates it first, and a crash then loses everything."""

@@ -1,114 +1,529 @@
-"""Series of a DICOMweb server: whole or not at all, under ids that are DICOM UIDs."""
+"""The series of a PACS as a datastore: images come from there, corrections go there as DICOM SEG.
+
+All that concerns labels is what `StudiesFolder` does: checked, kept as versions, read by name. What differs is where
+images come from. The index holds every series the PACS listed; a series is downloaded when it is first needed; labels
+lie in a folder of this server, whatever becomes of the PACS.
+"""
 
 from __future__ import annotations
 
 import logging
 import re
-import shutil
+import tempfile
 import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pydicom
 from fastapi import HTTPException
-from monailabel.config import settings
-from monailabel.datastore.dicom import DICOMwebClientX, DICOMWebDatastore
-from monailabel.datastore.utils.dicom import dicom_web_download_series
+from filelock import FileLock
+from monailabel.datastore.local import DataModel, ImageLabelModel
+from monailabel.interfaces.datastore import DefaultLabelTag
+from pydicom.dataset import Dataset
 
-from lib.faults import as_http_errors, check_name
-from mshub.dicom_series import read_series_grid
+from lib.datastore import StudiesFolder
+from lib.faults import as_http_errors
+from lib.pacs_client import PacsClient, PacsError, text_of
+from lib.pacs_images import VOLUME, Progress, SeriesFiles, untold
+from lib.pacs_labels import OURS, REFUSED, TAKEN, Finding, PacsLabels, label_facts
+from mshub.card_tables import Channel
+from mshub.cases import ReviewedCase
+from mshub.channel_series import ChannelSeries, choose_series
+from mshub.corrections import read_correction
+from mshub.dicom_seg import SegLabels, read_seg, write_seg
+from mshub.dicom_series import SeriesStack
+from mshub.errors import CaseError, GeometryError, LabelError, MSHubError
+from mshub.geometry import Array, Grid
+from mshub.label_rules import fold
+from mshub.mr_sequences import description_of, sequence_of
+from mshub.structures import StructureOverride
+from mshub.volume_io import read_volume, write_nifti, write_volume
 
 logger = logging.getLogger(__name__)
 
-_UID = re.compile(r"\d+(\.\d+)*")
+_UID = re.compile(r"[0-9]+(\.[0-9]+)*")
 MAX_UID_LENGTH = 64
+LISTED_S, SEEN_S, RETRY_S = 1.0, 2.0, 10.0
+"""How long the list of series, and of SEGs, is taken for new; how often labels that wait for the PACS are tried."""
+FINAL = DefaultLabelTag.FINAL.value
+FACTS = (
+    *("StudyInstanceUID", "SeriesInstanceUID", "PatientID", "Modality", "StudyDate", "StudyTime", "StudyDescription"),
+    *("SeriesDescription", "SeriesNumber", "NumberOfSeriesRelatedInstances"),
+)
 
 
-def open_pacs(url: str) -> PacsSeries:
-    """Return the series behind a DICOMweb address, with MONAI Label's settings for credentials and prefixes."""
-    session = None
-    if settings.MONAI_LABEL_DICOMWEB_USERNAME and settings.MONAI_LABEL_DICOMWEB_PASSWORD:
-        from dicomweb_client.session_utils import create_session_from_user_pass
+class PacsStudies(StudiesFolder):
+    """The CT and MR series of a PACS, by SeriesInstanceUID.
 
-        session = create_session_from_user_pass(
-            settings.MONAI_LABEL_DICOMWEB_USERNAME, settings.MONAI_LABEL_DICOMWEB_PASSWORD
-        )
-    client = DICOMwebClientX(
-        url=url,
-        session=session,
-        qido_url_prefix=settings.MONAI_LABEL_QIDO_PREFIX,
-        wado_url_prefix=settings.MONAI_LABEL_WADO_PREFIX,
-        stow_url_prefix=settings.MONAI_LABEL_STOW_PREFIX,
-    )
-    if shutil.which("itkimage2segimage") is None:
-        logger.warning("dcmqi's itkimage2segimage is not installed: labels cannot be stored as DICOM SEG")
-    return PacsSeries(
-        client=client,
-        search_filter=settings.MONAI_LABEL_DICOMWEB_SEARCH_FILTER,
-        cache_path=settings.MONAI_LABEL_DICOMWEB_CACHE_PATH.strip() or None,
-        fetch_by_frame=settings.MONAI_LABEL_DICOMWEB_FETCH_BY_FRAME,
-        convert_to_nifti=settings.MONAI_LABEL_DICOMWEB_CONVERT_TO_NIFTI,
-    )
-
-
-class PacsSeries(DICOMWebDatastore):  # type: ignore[misc]
-    """MONAI Label's DICOMweb datastore, made safe for requests that come at the same time.
-
-    MONAI Label takes any folder in its cache that is not empty for a complete series; here a series appears in the
-    cache by one rename, after it was downloaded and found to be one regular stack of slices.
+    Parameters
+    ----------
+    client : PacsClient
+    folder : str
+        Where copies of series, labels and the index are kept.
+    structures : callable
+        Returns the names of the structures a submitted label may hold.
+    overrides : callable
+        Returns what the models' cards say of their structures: codes and colours.
+    refused : Path
+        Where labels that were refused are kept.
+    modalities : sequence of str
+        Which series are images.
+    auto_reload, read_only : bool
+        MONAI Label's.
     """
 
-    def __init__(self, **options: Any) -> None:
-        self._downloading = threading.Lock()
-        super().__init__(**options)
+    def __init__(
+        self,
+        client: PacsClient,
+        folder: str,
+        structures: Callable[[], Collection[str]],
+        overrides: Callable[[], Mapping[str, StructureOverride]],
+        refused: Path,
+        modalities: Sequence[str],
+        auto_reload: bool = False,
+        read_only: bool = False,
+    ) -> None:
+        self._client, self.overrides, self._modalities = client, overrides, tuple(modalities)
+        self._files = SeriesFiles(Path(folder), client)
+        self._labels = PacsLabels(Path(folder) / "segs.json", client)
+        self._listing, self._taking, self._storing = threading.Lock(), threading.Lock(), threading.Lock()
+        self._listed: dict[str, dict[str, str]] = {}
+        self._listed_at = self._looked_at = self._tried_at = float("-inf")
+        self._headers: dict[str, Dataset] = {}
+        super().__init__(folder, structures, refused, auto_reload=auto_reload, read_only=read_only)
 
-    def get_image_uri(self, image_id: str) -> str:
+    def name(self) -> str:
+        """Return the address of the PACS."""
+        return self._client.url
+
+    # -- what there is ------------------------------------------------------------------------------------------
+
+    def list_images(self) -> list[str]:
+        """Return the series the PACS lists now; 503 if it does not answer."""
+        with as_http_errors():
+            return list(self._series())
+
+    def get_labeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
+        """Return the series with a final label, those corrected elsewhere and stored in the PACS among them."""
+        self._take_in()
+        return [image for image in self.list_images() if self.get_label_uri(image, FINAL)]
+
+    def get_unlabeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
+        """Return the series without a final label; single images, such as scouts, are not asked for."""
+        self._take_in()
+        with as_http_errors():
+            series = self._series()
+        return [
+            image
+            for image, facts in series.items()
+            if facts.get("NumberOfSeriesRelatedInstances") != "1" and not self.get_label_uri(image, FINAL)
+        ]
+
+    def status(self) -> dict[str, Any]:
+        """Return the numbers of series and labels; while the PACS is down, those known last."""
+        self._take_in()
+        try:
+            listed = set(self.list_images())
+        except HTTPException:
+            listed = set(self._datastore.objects)
+        objects = {image: item for image, item in list(self._datastore.objects.items()) if image in listed}
+        tags = [tag for item in objects.values() for tag in list(item.labels)]
+        return {
+            "total": len(listed),
+            "completed": tags.count(FINAL),
+            "label_tags": {tag: tags.count(tag) for tag in sorted(set(tags))},
+        }
+
+    def pacs(self) -> dict[str, Any]:
+        """Return the PACS' address, whether it answers, and if not, why."""
+        try:
+            self._series()
+        except PacsError as error:
+            return {"url": self._client.url, "reachable": False, "message": str(error)}
+        return {"url": self._client.url, "reachable": True, "message": ""}
+
+    def get_image_info(self, image_id: str) -> dict[str, Any]:
+        """Return what the PACS says of a series; nothing is downloaded. 404 for one it does not have."""
+        facts = self._facts(image_id)
+        known = self._datastore.objects[image_id].image.info
+        path = self._files.path(image_id)
+        return {**known, **facts, "path": str(path), "name": path.name}
+
+    def get_image_uri(self, image_id: str, progress: Progress = untold) -> str:
         """Return the path of a series as NIfTI, downloading it first if needed.
 
         Raises
         ------
         HTTPException
-            404 for an id that is no UID or that the PACS does not have; 4xx for a series that is no regular volume.
+            404 for what is no series of the PACS, 503 if it does not answer and there is no copy, another 4xx for a
+            series that is no regular volume.
         """
-        if len(image_id) > MAX_UID_LENGTH or not _UID.fullmatch(image_id):
-            raise HTTPException(404, f"There is no series {image_id[:80]!r}: expected a SeriesInstanceUID.")
-        with self._downloading:
-            try:
-                self._fetch_whole(image_id)
-                return self._kept(image_id, Path(super().get_image_uri(image_id)))
-            except (IndexError, KeyError) as error:  # what MONAI Label makes of an empty answer of the PACS
-                raise HTTPException(404, f"The PACS has no series {image_id!r}.") from error
+        facts = self._facts(image_id)
+        with as_http_errors():
+            return str(self._files.fetch(facts, progress))
+
+    def channels(self, image_id: str) -> list[Path]:
+        """Return the series alone: which others belong to it depends on the model. See `channel_files`."""
+        return [Path(self.get_image_uri(image_id))]
+
+    def choose_channels(
+        self, image_id: str, channels: Sequence[Channel], overrides: Mapping[str, str] | None = None
+    ) -> tuple[ChannelSeries, ...]:
+        """Return which series of the study serves which channel of a model: see `choose_series`."""
+        facts = self._facts(image_id)
+        with as_http_errors():
+            return choose_series(channels, image_id, self.study_headers(facts["StudyInstanceUID"]), overrides or {})
+
+    def channel_files(self, image_id: str, chosen: Sequence[ChannelSeries], progress: Progress = untold) -> list[Path]:
+        """Return the channels' files, all on the grid of the series `image_id`."""
+        files = []
+        for channel in chosen:
+            path = Path(self.get_image_uri(channel.series_uid, progress))
+            if channel.series_uid != image_id:
+                self.get_image_uri(image_id, progress)
+                with as_http_errors():
+                    path = self._files.on_grid_of(image_id, channel.series_uid)
+            files.append(path)
+        return files
+
+    def study_headers(self, study: str) -> dict[str, Dataset]:
+        """Return the attributes of one instance of each image series of a study, by SeriesInstanceUID."""
+        with as_http_errors():
+            listed = self._client.series(StudyInstanceUID=study)
+            images = [str(item.SeriesInstanceUID) for item in listed if item.get("Modality") in self._modalities]
+            for uid in images:
+                if uid not in self._headers:
+                    self._headers[uid] = self._client.any_instance(study, uid)
+            counts = {str(item.SeriesInstanceUID): item.get("NumberOfSeriesRelatedInstances") for item in listed}
+        for uid in images:
+            self._headers[uid].NumberOfSeriesRelatedInstances = counts[uid]
+        return {uid: self._headers[uid] for uid in images}
+
+    def stack(self, image_id: str) -> SeriesStack:
+        """Return where the slices of a series lie."""
+        self.get_image_uri(image_id)
+        return self._files.stack(image_id)
+
+    def reviewed_cases(self, channels: Sequence[Channel] = ()) -> list[ReviewedCase]:
+        """Return every series with a final label that a model could learn from.
+
+        Parameters
+        ----------
+        channels : sequence of Channel
+            The model's channels; with more than one, the other series of the study are found by them.
+        """
+        self._take_in()
+        return super().reviewed_cases(channels)
+
+    def case_channels(self, image_id: str, channels: Sequence[Channel]) -> list[Path]:
+        """Return the files a model learns a reviewed case from: the series its pre-label used, or those that match."""
+        if len(channels) < 2:
+            return self.channels(image_id)
+        used = self.get_label_info(image_id, DefaultLabelTag.ORIGINAL.value).get("params", {}).get("series_used", {})
+        named = {name: item["SeriesInstanceUID"] for name, item in used.items()}
+        overrides = named if set(named) == {channel.name for channel in channels} else {}
+        return self.channel_files(image_id, self.choose_channels(image_id, channels, overrides))
+
+    def _known_images(self) -> list[str]:
+        return list(self._datastore.objects)
+
+    # -- what it does -------------------------------------------------------------------------------------------
 
     def add_image(self, image_id: str, image_filename: str, image_info: dict[str, Any]) -> str:
         """Refuse an upload: images come to this server through the PACS."""
         raise HTTPException(405, "This server shows a PACS: store the image there, it appears here by itself.")
 
-    def save_label(
-        self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any], label_id: str = ""
-    ) -> str:
-        """Store a label under a checked tag; a final one goes to the PACS as DICOM SEG."""
-        check_name("label tag", label_tag)
-        stored: str = super().save_label(image_id, label_filename, label_tag, label_info, label_id)
+    def remove_image(self, image_id: str) -> None:
+        """Refuse to remove a series: it is the PACS'."""
+        raise HTTPException(405, "This server shows a PACS: remove the series there, it disappears here by itself.")
+
+    def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]) -> str:
+        """Check and store a submitted label; a final one goes to the PACS as well, as DICOM SEG.
+
+        It is stored here whatever becomes of that: its info says in ``pacs`` whether it is ``stored`` there, and why
+        not. What the PACS could not take is sent again once it answers.
+        """
+        try:
+            self.get_image_uri(image_id)
+        except HTTPException as error:
+            if error.status_code < 500:
+                raise
+            kept = self._refused.keep(Path(label_filename), image_id, label_tag, label_info, str(error.detail))
+            detail = f"{error.detail} The submitted file is kept on the server as {kept}."
+            raise HTTPException(error.status_code, detail) from error
+        with self._on_grid(image_id, Path(label_filename)) as path:
+            stored = super().save_label(image_id, str(path), label_tag, label_info)
+        if label_tag == FINAL:
+            self._send(image_id)
         return stored
 
-    def _kept(self, image_id: str, path: Path) -> str:
-        """Return the file in the cache; MONAI Label returns the temporary one it was copied from, and leaves it."""
-        kept = Path(self._datastore.image_path()).resolve() / f"{image_id}.nii.gz"
-        if path != kept and kept.is_file() and path.is_file():
-            path.unlink()
-            return str(kept)
-        return str(path)
+    def find(
+        self, image_id: str, overrides: Mapping[str, str], channels: Sequence[Channel], progress: Progress
+    ) -> tuple[list[Path], dict[str, Any]]:
+        """Return the files of a model's channels, and what to tell of them; see `choose_channels`, `channel_files`."""
+        chosen = self.choose_channels(image_id, channels, overrides)
+        files = self.channel_files(image_id, chosen, progress)
+        reference = Path(self.get_image_uri(image_id))
+        used = {
+            item.channel: {
+                "SeriesInstanceUID": item.series_uid,
+                "description": item.description,
+                "sequence": item.sequence,
+                "why": item.why,
+                "resampled": path.parent != reference.parent,
+            }
+            for item, path in zip(chosen, files, strict=True)
+        }
+        return files, {"series_used": used}
 
-    def _fetch_whole(self, image_id: str) -> None:
-        folder = Path(self._datastore.image_path()) / image_id
-        if folder.is_dir():
+    def write_pixelwise(self, image_id: str, path: Path) -> None:
+        """Rewrite a label file with the pixels of the series' slices, where a tilted gantry makes a difference."""
+        if self.stack(image_id).tilted:
+            slices, grid = self.pixelwise(image_id, read_volume(path, allow_constant=True).array_xyz)
+            write_volume(path, slices, grid, compress=False)
+
+    def pixelwise(self, image_id: str, array_xyz: Array) -> tuple[Array, Grid]:
+        """Return an array of the image's grid as pixels of the series' slices, and a grid of their shape."""
+        stack = self.stack(image_id)
+        return stack.to_slices(array_xyz), _slices_grid(stack) if stack.tilted else stack.grid
+
+    def describe_channels(self, image_id: str, channels: Sequence[Channel]) -> dict[str, Any]:
+        """Return which series would serve which channel, why, and what else the study has; or the ``problem``."""
+        headers = self.study_headers(self._facts(image_id)["StudyInstanceUID"])
+        candidates = [
+            {"SeriesInstanceUID": uid, "description": description_of(header), "sequence": sequence_of(header).name}
+            for uid, header in headers.items()
+        ]
+        try:
+            chosen = {item.channel: item for item in choose_series(channels, image_id, headers, {})}
+            problem = None
+        except MSHubError as error:
+            chosen, problem = {}, str(error)
+        rows = []
+        for channel in channels:
+            item = chosen.get(channel.name)
+            rows.append(
+                {
+                    "name": channel.name,
+                    "sequence": channel.sequence,
+                    "series": item.series_uid if item else None,
+                    "description": item.description if item else "",
+                    "why": item.why if item else problem,
+                    "candidates": candidates,
+                }
+            )
+        return {"problem": problem, "channels": rows}
+
+    def take_in(self, image_id: str) -> None:
+        """Look for corrections of one study that were stored in the PACS by others, now."""
+        self._take_in(self._facts(image_id)["StudyInstanceUID"])
+
+    # -- private ------------------------------------------------------------------------------------------------
+
+    def _series(self, *, asked_for: str = "") -> dict[str, dict[str, str]]:
+        """Return the image series of the PACS, and take those not known yet into the index.
+
+        Somebody who asks for a series that was not there a moment ago has the PACS asked again.
+        """
+        with self._listing:
+            new = bool(asked_for) and asked_for not in self._listed
+            if new or time.monotonic() - self._listed_at > LISTED_S:
+                found = [item for kind in self._modalities for item in self._client.series(Modality=kind)]
+                self._listed = {
+                    str(item.SeriesInstanceUID): text_of(item, FACTS)
+                    for item in found
+                    if _is_uid(str(item.SeriesInstanceUID))
+                }
+                self._register(self._listed)
+                self._listed_at = time.monotonic()
+            listed = self._listed
+        self._send_waiting()
+        return listed
+
+    def _register(self, listed: Mapping[str, Mapping[str, str]]) -> None:
+        with FileLock(self._lock_file):
+            new = {
+                image: ImageLabelModel(image=DataModel(info={**facts, "name": image + VOLUME}, ext=VOLUME))
+                for image, facts in listed.items()
+                if image not in self._datastore.objects
+            }
+            if new:
+                self._datastore.objects.update(new)
+                self._update_datastore_file(lock=False)
+
+    def _facts(self, image_id: str) -> dict[str, Any]:
+        """Return what the PACS says of a series; while it is down, what it said of one there is a copy of."""
+        if not _is_uid(image_id):
+            raise HTTPException(404, f"There is no series {image_id[:80]!r}: expected a SeriesInstanceUID.")
+        if image_id in self._listed and time.monotonic() - self._listed_at < SEEN_S:
+            return self._listed[image_id]
+        known = self._datastore.objects.get(image_id)
+        try:
+            listed = self._series(asked_for=image_id)
+        except PacsError as error:
+            if known is None or not self._files.has(image_id):
+                with as_http_errors():
+                    raise
+            logger.warning("%s: the copy on this machine is used: %s", image_id, error)
+            return dict(known.image.info)
+        if image_id not in listed:
+            kinds = " or ".join(self._modalities)
+            raise HTTPException(404, f"The PACS has no {kinds} series {image_id}.")
+        return listed[image_id]
+
+    def _remove_non_existing(self) -> int:
+        """Forget labels whose file is gone, as MONAI Label does, but no series: it can be downloaded again."""
+        self._init_from_datastore_file()
+        gone = 0
+        for image_id, item in self._datastore.objects.items():
+            for tag in [tag for tag in item.labels if not Path(self.get_label_uri(image_id, tag)).is_file()]:
+                del item.labels[tag]
+                gone += 1
+        return gone
+
+    @contextmanager
+    def _on_grid(self, image_id: str, label: Path) -> Iterator[Path]:
+        """Give a submitted label on the grid of its image; one of a tilted series comes pixel by pixel."""
+        stack = self._files.stack(image_id)
+        if not stack.tilted:
+            yield label
             return
-        pending = folder.with_name(f".{image_id}.part")
-        shutil.rmtree(pending, ignore_errors=True)
-        dicom_web_download_series(None, image_id, str(pending), self._client, self._fetch_by_frame)
         with as_http_errors():
+            array = read_volume(label, allow_constant=True).array_xyz
+        if array.shape != stack.slices_shape:
+            yield label
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "label.nii.gz"
+            write_nifti(path, stack.from_slices(array), stack.grid)
+            yield path
+
+    # -- labels that go to the PACS -------------------------------------------------------------------------------
+
+    def _send(self, image_id: str) -> None:
+        """Store the final label in the PACS, and note in its info what came of it."""
+        with self._storing:
+            info = self.get_label_info(image_id, FINAL)
             try:
-                read_series_grid(pending)
-            except BaseException:
-                shutil.rmtree(pending, ignore_errors=True)
-                raise
-        pending.replace(folder)
+                note = self._stored_seg(image_id, info)
+            except PacsError as error:
+                note = {"stored": False, "waits": True, "message": f"{error} The label is kept here and sent later."}
+            except (MSHubError, HTTPException) as error:
+                text = error.detail if isinstance(error, HTTPException) else str(error)
+                note = {"stored": False, "waits": False, "message": f"Not stored as DICOM SEG: {text}"}
+            if not note["stored"]:
+                logger.warning("%s: %s", image_id, note["message"])
+            self.update_label_info(image_id, FINAL, {"pacs": note})
+
+    def _stored_seg(self, image_id: str, info: Mapping[str, Any]) -> dict[str, Any]:
+        stack = self._files.stack(image_id)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "label.dcm"
+            label = Path(self.get_label_uri(image_id, FINAL))
+            correction = read_correction(label, info.get("label_info"), stack.grid, self.structures())
+            labels = stack.to_slices(correction.labels.array_xyz)
+            facts = label_facts(info, FINAL, self.overrides())
+            written = write_seg(path, labels, correction.values, stack, facts)
+            self._client.store(pydicom.dcmread(path))
+        self._labels.note(written.series_uid, written.sop_uid, OURS)
+        return {
+            "stored": True,
+            "message": "",
+            "SeriesInstanceUID": written.series_uid,
+            "SOPInstanceUID": written.sop_uid,
+        }
+
+    def _send_waiting(self) -> None:
+        """Send the labels that the PACS could not take, now that it answers."""
+        if time.monotonic() - self._tried_at < RETRY_S:
+            return
+        self._tried_at = time.monotonic()
+        waiting = [
+            image
+            for image, item in list(self._datastore.objects.items())
+            if FINAL in item.labels and item.labels[FINAL].info.get("pacs", {}).get("waits")
+        ]
+        for image in waiting:
+            self._send(image)
+
+    # -- labels that come from the PACS ---------------------------------------------------------------------------
+
+    def _take_in(self, study: str | None = None) -> None:
+        """Make labels of the SEGs others stored in the PACS; a PACS that is down has none to give."""
+        with self._taking:
+            if study is None and time.monotonic() - self._looked_at < SEEN_S:
+                return
+            try:
+                for finding in self._labels.find(self._series(), self.structures(), study):
+                    self._take(finding)
+            except PacsError as error:
+                self._warn_once(f"corrections stored in the PACS cannot be looked for: {error}")
+            self._looked_at = time.monotonic()
+
+    def _take(self, finding: Finding) -> None:
+        """Make a label of one SEG: the final one if it is the newest, or else one of the versions."""
+        try:
+            self.get_image_uri(finding.image)
+            stack = self._files.stack(finding.image)
+            labels = read_seg(self._client.instance(finding.study, finding.series, finding.instance), stack)
+            self._keep(finding, labels, stack)
+        except (LabelError, CaseError, GeometryError) as error:
+            self._refuse(finding, str(error))
+        except HTTPException as error:
+            if error.status_code >= 500:  # the PACS does not answer: another time
+                raise PacsError(str(error.detail)) from error
+            self._refuse(finding, str(error.detail))
+        else:
+            self._labels.note(finding.series, finding.instance, TAKEN)
+            logger.info("%s: a correction was found in the PACS (%s)", finding.image, finding.instance)
+
+    def _keep(self, finding: Finding, labels: SegLabels, stack: SeriesStack) -> None:
+        known = {fold(name): name for name in self.structures()}
+        names = {name: value for name, value in labels.names.items() if fold(name) in known}
+        array = np.where(np.isin(labels.array_xyz, list(names.values())), labels.array_xyz, 0)
+        info = {
+            "label_info": [{"name": name, "idx": value} for name, value in names.items()],
+            "client_id": labels.creator or labels.manufacturer or "PACS",
+            "pacs": {
+                "stored": True,
+                "message": "found in the PACS",
+                "SeriesInstanceUID": labels.series_uid,
+                "SOPInstanceUID": labels.sop_uid,
+                "left_out": sorted(set(labels.names) - set(names)),
+            },
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "label.nii.gz"
+            write_nifti(path, stack.from_slices(array), stack.grid)
+            super().save_label(
+                finding.image, str(path), self._tag_for(finding), {**info, "made": finding.created.isoformat()}
+            )
+
+    def _tag_for(self, finding: Finding) -> str:
+        """Return ``final``, or the next ``version_N`` for a SEG that is older than the final label."""
+        info = self.get_label_info(finding.image, FINAL)
+        moment = info.get("made") or info.get("submitted")
+        if not moment or datetime.fromisoformat(moment).astimezone(timezone.utc) <= finding.created:
+            return FINAL
+        version: str = self._next_version(finding.image)
+        return version
+
+    def _refuse(self, finding: Finding, reason: str) -> None:
+        self._labels.note(finding.series, finding.instance, REFUSED, reason)
+        logger.warning("the SEG %s in the PACS is left out: %s", finding.instance, reason)
+
+
+def _is_uid(text: str) -> bool:
+    return len(text) <= MAX_UID_LENGTH and _UID.fullmatch(text) is not None
+
+
+def _slices_grid(stack: SeriesStack) -> Grid:
+    """Return a grid of the slices' own shape: where they lie but for the tilt, which no grid can say."""
+    affine = stack.grid.affine_ras.copy()
+    affine[:3, 3] += affine[:3, :2] @ stack.offsets[0]
+    return Grid(stack.slices_shape, affine)

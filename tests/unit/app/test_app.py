@@ -332,7 +332,7 @@ def test_nothing_is_offered_when_everything_is_labelled(app: MSHubApp, labelled:
 @pytest.mark.parametrize("strategy", ["epistemic", "Random", "../random"])
 def test_an_unknown_strategy_is_a_404_that_names_the_known_ones(app: MSHubApp, strategy: str) -> None:
     status, text = refusal(app.next_sample, {"strategy": strategy})
-    assert (status, "Known: random" in text) == (404, True)
+    assert (status, "Known: first, random" in text) == (404, True)
 
 
 def test_no_strategy_means_random(app: MSHubApp) -> None:

@@ -1,98 +1,311 @@
-"""Series of a PACS: complete or refused, also when two requests ask for one at the same time."""
+"""The series of a PACS as a datastore: complete or refused, and what becomes of labels whatever the PACS does."""
 
 from __future__ import annotations
 
-import shutil
 import threading
-import time
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import nibabel as nib
+import numpy as np
+import pydicom
 import pytest
 from fastapi import HTTPException
 
+from dicom_series_factory import SeriesMaker
+from fake_pacs import FakePacs
 from lib import pacs as pacs_module
-from lib.pacs import PacsSeries
-from mshub.bundled import sample_data
+from lib.exports import export_label
+from lib.pacs import PacsStudies
+from mshub.card_tables import Channel
+from mshub.dicom_derived import Algorithm, Facts
+from mshub.dicom_seg import read_seg, write_seg
+from mshub.dicom_series import read_series, read_stack
+from mshub.volume_io import read_volume, write_volume
 
-SERIES = "1.2.840.99.1"
-SLICES = sorted((sample_data() / "dicom" / "phantom_01").glob("*.dcm"))
 pytestmark = pytest.mark.usefixtures("monailabel_here")
-
-
-class FakePacs:
-    """Hands out a series slowly, slice by slice; `missing` slices are lost on the way."""
-
-    def __init__(self) -> None:
-        self.downloads = 0
-        self.missing: set[int] = set()
-
-    def download(self, _: Any, series: str, folder: str, *__: Any) -> None:
-        if series != SERIES:
-            raise IndexError
-        self.downloads += 1
-        Path(folder).mkdir(parents=True)
-        for number, path in enumerate(SLICES):
-            if number not in self.missing:
-                shutil.copy(path, folder)
-                time.sleep(0.005)
+NAMES = {"liver": 1, "spleen": 2}
+MAKER = SeriesMaker("a series")
+LABEL_INFO = {"label_info": [{"name": name, "idx": value} for name, value in NAMES.items()], "client_id": "dr"}
 
 
 @pytest.fixture
-def remote(monkeypatch: pytest.MonkeyPatch) -> FakePacs:
-    remote = FakePacs()
-    monkeypatch.setattr(pacs_module, "dicom_web_download_series", remote.download)
-    monkeypatch.setattr(PacsSeries, "_dicom_info", lambda self, series: {"PatientID": "x"})
-    return remote
+def open_pacs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[FakePacs], PacsStudies]:
+    """Return a function that opens a datastore on a PACS, which forgets nothing it has looked up for a while."""
+    for name in ("LISTED_S", "SEEN_S", "RETRY_S"):
+        monkeypatch.setattr(pacs_module, name, -1.0)
+
+    def opened(client: FakePacs) -> PacsStudies:
+        return PacsStudies(
+            client,  # type: ignore[arg-type]
+            str(tmp_path / "copies"),
+            lambda: set(NAMES),
+            dict,
+            tmp_path / "refused",
+            ("CT", "MR"),
+        )
+
+    return opened
 
 
 @pytest.fixture
-def pacs(remote: FakePacs, tmp_path: Path) -> PacsSeries:
-    client = SimpleNamespace(base_url="http://127.0.0.1:1/dicom-web")
-    return PacsSeries(client=client, search_filter={}, cache_path=str(tmp_path / "cache"))
+def label(tmp_path: Path) -> Path:
+    """Return a label of `MAKER`, a liver and a spleen of a few voxels."""
+    array = np.zeros(MAKER.shape, np.uint8)
+    array[4:9, 5:9, 3:8], array[12:15, 5:9, 9:12] = 1, 2
+    path = tmp_path / "label.nrrd"
+    write_volume(path, array, read_series(MAKER.write(tmp_path / "series")).grid)
+    return path
 
 
-def test_requests_at_the_same_time_get_one_whole_series(pacs: PacsSeries, remote: FakePacs) -> None:
+def seg(
+    tmp_path: Path, maker: SeriesMaker = MAKER, facts: Facts | None = None, hour: str = "110000"
+) -> pydicom.Dataset:
+    """Return a SEG that somebody else made of a series."""
+    array = np.zeros(maker.shape, np.uint8)
+    array[2:5, 2:5, 2:4] = 1
+    folder = tmp_path / f"source {maker.name}"
+    if not folder.is_dir():
+        maker.write(folder)
+    write_seg(tmp_path / "seg.dcm", array, NAMES, read_stack(folder), facts or Facts(None, "drawn", "Dr Else"))
+    dataset = pydicom.dcmread(tmp_path / "seg.dcm")
+    dataset.ContentDate, dataset.ContentTime = "20990101", hour
+    return dataset
+
+
+# -- images ---------------------------------------------------------------------------------------------------------
+
+
+def test_requests_at_the_same_time_get_one_whole_series(open_pacs: Any) -> None:
+    remote = FakePacs(MAKER.slices())
+    pacs = open_pacs(remote)
     paths: list[str] = []
-    threads = [threading.Thread(target=lambda: paths.append(pacs.get_image_uri(SERIES))) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: paths.append(pacs.get_image_uri(MAKER.uid))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(paths) == 4
     assert len(set(paths)) == 1
-    assert remote.downloads == 1
-    assert nib.load(paths[0]).shape[2] == len(SLICES)
+    assert len(remote.downloads) == 1
+    assert nib.load(paths[0]).shape == MAKER.shape
 
 
-def test_a_download_that_broke_off_is_started_again(pacs: PacsSeries, remote: FakePacs) -> None:
-    leftover = Path(pacs._datastore.image_path()) / f".{SERIES}.part"
-    leftover.mkdir(parents=True)
-    shutil.copy(SLICES[0], leftover)
-    assert nib.load(pacs.get_image_uri(SERIES)).shape[2] == len(SLICES)
+def test_nothing_is_asked_for_at_the_start_and_nothing_downloaded_to_list(open_pacs: Any) -> None:
+    remote = FakePacs(MAKER.slices())
+    pacs = open_pacs(remote)
+    assert remote.questions == 0
+    assert pacs.list_images() == [MAKER.uid]
+    assert pacs.get_image_info(MAKER.uid)["PatientID"] == "A SERIES"
+    assert pacs.get_unlabeled_images() == [MAKER.uid]
+    assert remote.downloads == []
 
 
-def test_a_series_with_a_gap_is_refused_and_not_kept(pacs: PacsSeries, remote: FakePacs) -> None:
-    remote.missing = {20, 21}
-    with pytest.raises(HTTPException) as caught:
-        pacs.get_image_uri(SERIES)
+def test_what_the_pacs_lists_and_does_not_send_is_refused_and_not_kept(open_pacs: Any, tmp_path: Path) -> None:
+    remote = FakePacs(MAKER.slices())
+    remote.lost = {len(MAKER.slices()) - 1}  # the last slice: what arrives is a regular stack
+    pacs = open_pacs(remote)
+    with pytest.raises(HTTPException, match=r"lists 18 instances .* and sent 17") as caught:
+        pacs.get_image_uri(MAKER.uid)
+    assert caught.value.status_code == 502
+    assert not list((tmp_path / "copies").rglob("*.dcm"))
+    remote.lost = set()
+    assert nib.load(pacs.get_image_uri(MAKER.uid)).shape == MAKER.shape
+
+
+def test_a_series_with_a_gap_is_refused_and_one_that_grew_is_fetched_again(open_pacs: Any) -> None:
+    slices = MAKER.slices()
+    remote = FakePacs(slices[:8] + slices[9:])
+    pacs = open_pacs(remote)
+    with pytest.raises(HTTPException, match="1 missing") as caught:
+        pacs.get_image_uri(MAKER.uid)
     assert caught.value.status_code == 422
-    remote.missing = set()
-    assert nib.load(pacs.get_image_uri(SERIES)).shape[2] == len(SLICES)
+    remote.objects = slices[:12]
+    assert nib.load(pacs.get_image_uri(MAKER.uid)).shape[2] == 12
+    remote.objects = slices
+    assert nib.load(pacs.get_image_uri(MAKER.uid)).shape[2] == 18
 
 
-@pytest.mark.parametrize("series", ["1.2.3", "../x", "1.2/../../x", "", "a", "1" * 65, "1..2"])
-def test_what_the_pacs_does_not_have_is_a_404(pacs: PacsSeries, series: str) -> None:
+@pytest.mark.parametrize("series", ["1.2.3", "../x", "1.2/../../x", "", "a", "1" * 65, "1..2", "١.٢"])
+def test_what_the_pacs_does_not_have_is_a_404(open_pacs: Any, series: str) -> None:
     with pytest.raises(HTTPException) as caught:
-        pacs.get_image_uri(series)
+        open_pacs(FakePacs(MAKER.slices())).get_image_uri(series)
     assert caught.value.status_code == 404
 
 
-def test_uploads_and_tags_that_climb_are_refused(pacs: PacsSeries, tmp_path: Path) -> None:
+def test_uploads_removals_and_tags_that_climb_are_refused(open_pacs: Any, label: Path, tmp_path: Path) -> None:
+    pacs = open_pacs(FakePacs(MAKER.slices()))
     with pytest.raises(HTTPException, match="store the image there"):
-        pacs.add_image("../../x", str(SLICES[0]), {})
+        pacs.add_image("../../x", str(label), {})
+    with pytest.raises(HTTPException, match="remove the series there"):
+        pacs.remove_image(MAKER.uid)
     with pytest.raises(HTTPException, match=r"label tag.*refused"):
-        pacs.save_label(SERIES, str(SLICES[0]), "../../x", {})
+        pacs.save_label(MAKER.uid, str(label), "../../x", LABEL_INFO)
     assert not list(tmp_path.rglob("x"))
+
+
+def test_the_index_outlives_the_copies(open_pacs: Any, label: Path) -> None:
+    remote = FakePacs(MAKER.slices())
+    pacs = open_pacs(remote)
+    pacs.save_label(MAKER.uid, str(label), "final", LABEL_INFO)
+    Path(pacs.get_image_uri(MAKER.uid)).unlink()
+    again = open_pacs(remote)
+    assert again.get_labeled_images() == [MAKER.uid]
+    assert again.reviewed_cases()[0].images[0].is_file()
+
+
+# -- labels -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_final_label_is_a_seg_and_is_not_taken_for_somebody_elses(
+    open_pacs: Any, label: Path, tmp_path: Path
+) -> None:
+    remote = FakePacs(MAKER.slices())
+    pacs = open_pacs(remote)
+    pacs.save_label(MAKER.uid, str(label), "final", LABEL_INFO)
+    stored = [item for item in remote.objects if item.Modality == "SEG"]
+    read = read_seg(stored[0], read_stack(tmp_path / "series"))
+    np.testing.assert_array_equal(read.array_xyz, read_volume(label, allow_constant=True).array_xyz)
+    pacs.take_in(MAKER.uid)
+    assert set(pacs.get_labels_by_image_id(MAKER.uid)) == {"final"}
+    assert pacs.get_label_info(MAKER.uid, "final")["pacs"]["SOPInstanceUID"] == stored[0].SOPInstanceUID
+
+
+def test_a_label_is_kept_while_the_pacs_is_down_and_sent_once_it_answers(open_pacs: Any, label: Path) -> None:
+    remote = FakePacs(MAKER.slices())
+    pacs = open_pacs(remote)
+    pacs.get_image_uri(MAKER.uid)
+    remote.down = True
+    pacs.save_label(MAKER.uid, str(label), "final", LABEL_INFO)
+    note = pacs.get_label_info(MAKER.uid, "final")["pacs"]
+    assert not note["stored"]
+    assert "sent later" in note["message"]
+    assert pacs.status()["completed"] == 1
+    remote.down = False
+    pacs.list_images()
+    assert pacs.get_label_info(MAKER.uid, "final")["pacs"]["stored"]
+    assert [item.Modality for item in remote.objects].count("SEG") == 1
+
+
+def test_a_label_whose_series_was_never_here_is_kept_aside_while_the_pacs_is_down(
+    open_pacs: Any, label: Path, tmp_path: Path
+) -> None:
+    remote = FakePacs(MAKER.slices())
+    remote.down = True
+    with pytest.raises(HTTPException, match="is kept on the server as") as caught:
+        open_pacs(remote).save_label(MAKER.uid, str(label), "final", LABEL_INFO)
+    assert caught.value.status_code == 503
+    assert [path.suffix for path in (tmp_path / "refused").iterdir() if path.suffix != ".json"] == [".nrrd"]
+
+
+def test_what_the_pacs_will_never_take_is_said_and_not_sent_again(open_pacs: Any, label: Path, tmp_path: Path) -> None:
+    remote = FakePacs(MAKER.slices())
+    pacs = open_pacs(remote)
+    empty = tmp_path / "empty.nrrd"
+    volume = read_volume(label, allow_constant=True)
+    write_volume(empty, volume.array_xyz * 0, volume.grid)
+    pacs.save_label(MAKER.uid, str(empty), "final", LABEL_INFO)
+    note = pacs.get_label_info(MAKER.uid, "final")["pacs"]
+    assert "empty" in note["message"]
+    assert not note["waits"]
+    pacs.list_images()
+    assert not [item for item in remote.objects if item.Modality == "SEG"]
+
+
+def test_segs_of_others_become_labels_the_newest_final_and_each_once(
+    open_pacs: Any, label: Path, tmp_path: Path
+) -> None:
+    newer, older = seg(tmp_path, hour="110000"), seg(tmp_path, hour="090000")
+    remote = FakePacs(MAKER.slices(), [newer])
+    pacs = open_pacs(remote)
+    pacs.take_in(MAKER.uid)
+    remote.objects.append(older)
+    pacs.take_in(MAKER.uid)
+    pacs.take_in(MAKER.uid)
+    assert set(pacs.get_labels_by_image_id(MAKER.uid)) == {"final", "version_1"}
+    assert pacs.get_label_info(MAKER.uid, "final")["pacs"]["SOPInstanceUID"] == newer.SOPInstanceUID
+    assert pacs.get_label_info(MAKER.uid, "final")["client_id"] == "Dr Else"
+    assert pacs.get_label_info(MAKER.uid, "final")["reviewed"] == ["liver"]
+    assert [case.case_id for case in pacs.reviewed_cases()] == [MAKER.uid]
+
+
+@pytest.mark.parametrize("what", ["a program's", "other names", "another series"])
+def test_segs_that_are_no_correction_are_left_alone(open_pacs: Any, tmp_path: Path, what: str) -> None:
+    other = SeriesMaker("another series")
+    found = {
+        "a program's": lambda: seg(tmp_path, facts=Facts(Algorithm("model", "v1"), "automatic")),
+        "other names": lambda: seg(tmp_path),
+        "another series": lambda: seg(tmp_path, other),
+    }[what]()
+    if what == "other names":
+        found.SegmentSequence[0].SegmentLabel = "something else"
+    pacs = open_pacs(FakePacs(MAKER.slices(), [found]))
+    pacs.take_in(MAKER.uid)
+    assert pacs.get_labels_by_image_id(MAKER.uid) == {}
+
+
+def test_a_seg_nobody_can_read_is_refused_once_and_stops_nothing(
+    open_pacs: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken, good = seg(tmp_path), seg(tmp_path)
+    broken.SegmentationType = "LABELMAP"
+    remote = FakePacs(MAKER.slices(), [broken], [good])
+    pacs = open_pacs(remote)
+    pacs.take_in(MAKER.uid)
+    pacs.take_in(MAKER.uid)
+    assert set(pacs.get_labels_by_image_id(MAKER.uid)) == {"final"}
+    assert sum("LABELMAP" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_a_tilted_series_takes_and_gives_labels_pixel_by_pixel(open_pacs: Any, tmp_path: Path) -> None:
+    maker = SeriesMaker("tilted", tilt=(0.0, 0.9))
+    remote = FakePacs(maker.slices())
+    pacs = open_pacs(remote)
+    pixels = np.zeros(maker.shape, np.uint8)
+    pixels[3:9, 2:18, 2:16] = 1
+    stack = pacs.stack(maker.uid)
+    assert stack.tilted
+    path = tmp_path / "tilted.nrrd"
+    write_volume(path, pixels, pacs.pixelwise(maker.uid, stack.from_slices(pixels))[1])
+    pacs.save_label(maker.uid, str(path), "final", LABEL_INFO)
+    exported, names = export_label(pacs, maker.uid, "final", "nrrd")
+    np.testing.assert_array_equal(read_volume(exported, allow_constant=True).array_xyz, pixels)
+    assert names == NAMES
+    found = next(item for item in remote.objects if item.Modality == "SEG")
+    np.testing.assert_array_equal(read_seg(found, stack).array_xyz, pixels)
+
+
+# -- several channels -----------------------------------------------------------------------------------------------
+
+
+def test_cases_of_a_model_with_two_channels_have_two_images(open_pacs: Any, label: Path, tmp_path: Path) -> None:
+    kinds = {"T1c": "T1 post gd", "FLAIR": "t2 flair"}
+    makers = [
+        SeriesMaker(text, study="brain", modality="MR", attributes={"SeriesDescription": text}, seed=number)
+        for number, text in enumerate(kinds.values())
+    ]
+    remote = FakePacs(*(maker.slices() for maker in makers))
+    pacs = open_pacs(remote)
+    pacs.save_label(makers[0].uid, str(label), "final", LABEL_INFO)
+    two = pacs.reviewed_cases(tuple(Channel(name=name, modality="MR") for name in kinds))
+    assert [len(case.images) for case in two] == [2]
+    assert [len(case.images) for case in pacs.reviewed_cases()] == [1]
+    three = (*kinds, "T2w")
+    assert pacs.reviewed_cases(tuple(Channel(name=name, modality="MR") for name in three)) == []
+
+
+def test_while_the_pacs_is_down_what_is_here_serves_and_the_rest_is_a_503(open_pacs: Any) -> None:
+    other = SeriesMaker("never fetched")
+    remote = FakePacs(MAKER.slices(), other.slices())
+    pacs = open_pacs(remote)
+    pacs.get_image_uri(MAKER.uid)
+    remote.down = True
+    assert Path(pacs.get_image_uri(MAKER.uid)).is_file()
+    with pytest.raises(HTTPException) as caught:
+        pacs.get_image_uri(other.uid)
+    assert caught.value.status_code == 503
+    assert pacs.status()["total"] == 2
+    assert not pacs.pacs()["reachable"]
+    remote.down = False
+    assert pacs.pacs()["reachable"]

@@ -151,18 +151,14 @@ def test_there_are_no_trainers_where_training_is_switched_off(
     assert refused(clinic.start_training, "tiny")[0] == 405
 
 
-def test_series_of_a_pacs_are_not_trained_with_and_everybody_is_told(
-    installed: ModelStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_pacs_has_trainers_and_other_datastores_are_refused(
+    installed: ModelStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    series = SimpleNamespace(status=lambda: {"total": 3, "completed": 2})
-    monkeypatch.setattr("lib.app.open_pacs", lambda url: series)
-    with caplog.at_level("INFO", logger="lib"):
-        app = MSHubApp(str(tmp_path / "app"), "http://pacs/dicom-web", {"device": "cpu"})
-    assert "no training: labels of series on a DICOMweb server" in caplog.text
-    assert app.info()["trainers"] == app.info()["train_stats"] == {}
-    for call, arguments in ((app.start_training, ("tiny", {})), (app.start_all_training, ()), (app.train, ({},))):
-        status, text = refused(call, *arguments)
-        assert (status, "needs a studies folder" in text) == (405, True)
+    app = MSHubApp(str(tmp_path / "app"), "http://127.0.0.1:1/dicom-web", {"device": "cpu"})
+    assert set(app.info()["trainers"]) == {"tiny"}
+    assert not app.info()["mshub"]["pacs"]["reachable"]
+    monkeypatch.setattr(app, "_datastore", SimpleNamespace())
+    assert refused(app.start_training, "tiny", {})[0] == 405
 
 
 # -- what clients may choose ------------------------------------------------------------------------------------------

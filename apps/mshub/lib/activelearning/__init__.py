@@ -1,5 +1,5 @@
-"""Strategies that choose the next case to label."""
+"""Strategies: which case to label next."""
 
-from lib.activelearning.random import Random
+from lib.activelearning.unlabelled import First, Random
 
-__all__ = ["Random"]
+__all__ = ["First", "Random"]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 
-from lib.activity import Activity
+from lib.activity import Activity, Run
 from lib.conf import Config
 from lib.faults import as_http_errors
 from mshub.catalogue import ModelCard
@@ -26,6 +26,7 @@ from mshub.nnunet.folder import ModelFolder
 from mshub.nnunet.network_cache import NetworkCache
 from mshub.nnunet.predictor import PROFILES, NNUNetPredictor, Prediction, PredictOptions
 from mshub.store import ModelStore, ModelVersion
+from mshub.structures import structures
 from mshub.volume_io import write_volume
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ class NNUNetInferTask(InferTask):  # type: ignore[misc]
             "dimension": 3,
             "description": _description(card, version),
             "config": _client_config(version, self._config_options),
-            "mshub": _facts(card, version),
+            "mshub": _facts(card, version, self._store),
         }
 
     def config(self) -> dict[str, Any]:
@@ -78,7 +79,8 @@ class NNUNetInferTask(InferTask):  # type: ignore[misc]
         Parameters
         ----------
         request : dict
-            ``channels`` (list of paths) or ``image`` (one path); optional ``device``, ``profile``, ``folds``,
+            ``channels`` (list of paths), ``image`` (one path) or ``find``, a function of the model's channels and a
+            progress that returns paths and what to say of them; optional ``device``, ``profile``, ``folds``,
             ``label_prompt`` (published values to keep), ``result_extension``, ``result_dtype``, ``result_compress``.
 
         Returns
@@ -98,13 +100,15 @@ class NNUNetInferTask(InferTask):  # type: ignore[misc]
             predictor = self._predictor(version)
             options, output = self._options(request, version), _Output.parse(request)
             kept = _kept_labels(predictor.folder, request.get("label_prompt"))
-            images = [Path(path) for path in request.get("channels") or [request["image"]]]
-            with self._activity.run(self.model_id, str(request.get("image_id", ""))) as run:
+            client = str(request.get("client_id") or "")
+            with self._activity.run(self.model_id, str(request.get("image_id", "")), client) as run:
+                images, facts = _images(request, version, run)
+                run.predicting()
                 prediction = predictor.predict(images, options, run.progress)
             started = time.perf_counter()
             path = output.write(_only(prediction.labels, kept, prediction.names))
             prediction.seconds["write"] = time.perf_counter() - started
-        return str(path), _result_params(prediction, kept, version)
+        return str(path), {**_result_params(prediction, kept, version), **facts}
 
     def _predictor(self, version: ModelVersion) -> NNUNetPredictor:
         """Return the predictor of the current version, opened on first use and again after a promotion."""
@@ -175,6 +179,14 @@ def _results() -> Path:
     return Path(folder)
 
 
+def _images(request: dict[str, Any], version: ModelVersion, run: Run) -> tuple[list[Path], dict[str, Any]]:
+    """Return the files of the case, one per channel, and what the answer says of where they come from."""
+    if "find" in request:
+        files, facts = request["find"](version.channels, run.loading)
+        return list(files), dict(facts)
+    return [Path(path) for path in request.get("channels") or [request["image"]]], {}
+
+
 def _kept_labels(folder: ModelFolder, prompt: Any) -> dict[str, int]:
     """Return the structures a ``label_prompt`` (published values) asks for; all of them without one."""
     names = folder.labels.published
@@ -234,13 +246,18 @@ def _description(card: ModelCard, version: ModelVersion) -> str:
     return f"{card.title} [{version.version}] - {card.modality}, {card.target}{quality}"
 
 
-def _facts(card: ModelCard, version: ModelVersion) -> dict[str, Any]:
+def _facts(card: ModelCard, version: ModelVersion, store: ModelStore) -> dict[str, Any]:
+    described = structures(version.record["labels"], card.structures)
     return {
         "title": card.title,
+        "target": card.target,
+        "colours": {name: list(structure.colour) for name, structure in described.items()},
+        "versions": [_version_facts(other, version.version, store) for other in store.versions(version.model_id)],
         "version": version.version,
         "modality": card.modality,
         "site": card.site,
         "channels": version.record["channels"],
+        "sequences": {channel.name: channel.sequence for channel in version.channels},
         "training_scans": card.training_scans,
         "dsc": card.dsc,
         "dsc_source": card.dsc_source,
@@ -250,4 +267,19 @@ def _facts(card: ModelCard, version: ModelVersion) -> dict[str, Any]:
         "installed": version.record["created"],
         "converted": version.record.get("converted"),
         "trusted": version.record.get("trusted", []),
+    }
+
+
+def _version_facts(version: ModelVersion, current: str, store: ModelStore) -> dict[str, Any]:
+    """Return what a client shows of one version: what the gate said of it, and where its report is."""
+    verdict = (version.record.get("lineage") or {}).get("verdict") or {}
+    report = store.home / "reports" / version.model_id / f"{version.version}.html"
+    return {
+        "version": version.version,
+        "current": version.version == current,
+        "created": version.record["created"],
+        "origin": str(version.record["origin"].get("how", "")),
+        "outcome": verdict.get("outcome"),
+        "reason": verdict.get("summary"),
+        "report": f"/mshub/reports/{version.model_id}/{version.version}" if report.is_file() else None,
     }

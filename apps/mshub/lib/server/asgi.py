@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import logging
 from collections import deque
+from enum import Enum
 from typing import Annotated, Any
 
 from fastapi import BackgroundTasks, Body, Depends, File, Form, HTTPException, Request, UploadFile
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from fastapi.routing import APIRoute
 from monailabel.config import settings
-from monailabel.endpoints import session
+from monailabel.endpoints import activelearning, datastore, session
 from monailabel.endpoints.infer import ResultType, run_inference
 from monailabel.endpoints.user.auth import RBAC, User
+from monailabel.interfaces.datastore import DefaultLabelTag
 from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoundException, MONAILabelException
 from monailabel.interfaces.utils.app import app_instance
 
 from lib.faults import check_name
+from lib.server.proxy import pass_on
+from lib.server.viewer import add_viewer
 from mshub.errors import MSHubError
 
 # Read when monailabel.app is imported; empty would let the pages of every origin read images and labels. Not set in
@@ -30,6 +34,14 @@ from monailabel.app import app
 logger = logging.getLogger(__name__)
 
 __all__ = ["app"]
+
+
+class DicomResult(str, Enum):
+    """Answers of ``/infer`` that are DICOM objects."""
+
+    seg = "dicom_seg"
+    rtstruct = "dicom_rtstruct"
+
 
 AnyUser = Annotated[User, Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER))]
 Admin = Annotated[User, Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ADMIN))]
@@ -44,7 +56,7 @@ def infer(
     params: Annotated[str, Form()] = "{}",
     file: Annotated[UploadFile | None, File()] = None,
     label: Annotated[UploadFile | None, File()] = None,
-    output: ResultType | None = None,
+    output: DicomResult | ResultType | None = None,
 ) -> Any:
     """Run a model; a plain function, so that Starlette runs it in a thread and the server keeps answering."""
     options = _json_object(params, "params")
@@ -58,6 +70,8 @@ def infer(
     if session_id and not _session_exists(session_id):
         raise HTTPException(404, f"The session {session_id!r} does not exist or has expired; create it again.")
     try:
+        if isinstance(output, DicomResult):
+            return _dicom_result(background_tasks, model, image, options, output)
         return run_inference(background_tasks, model, image, session_id, json.dumps(options), file, label, output)
     except BaseException:
         _clean_up(background_tasks)
@@ -132,9 +146,72 @@ def logs(user: AnyUser, lines: int = 300) -> Response:
         return PlainTextResponse("".join(deque(file, max(1, min(lines, 10_000)))))
 
 
+def save_label(
+    background_tasks: BackgroundTasks,
+    user: AnyUser,
+    image: str,
+    label: Annotated[UploadFile, File()],
+    params: Annotated[str, Form()] = "{}",
+    tag: str = DefaultLabelTag.FINAL.value,
+) -> Any:
+    """Store a label; a plain function, as checking it and storing it in the PACS take seconds."""
+    try:
+        return datastore.save_label(
+            background_tasks, image, json.dumps(_json_object(params, "params")), tag, label, user.username
+        )
+    except BaseException:
+        _clean_up(background_tasks)
+        raise
+
+
+def next_sample(user: AnyUser, strategy: str, params: Annotated[Any, Body()] = None) -> Any:
+    """Return the next case to label; a plain function, as the PACS is asked for its series."""
+    if params is not None and not isinstance(params, dict):
+        raise HTTPException(400, 'The request\'s body is no JSON object: expected options such as {"client_id": "me"}.')
+    return activelearning.sample(strategy, params, user.username)
+
+
+def labels(user: AnyUser, image: str) -> dict[str, Any]:
+    """Return what is known of the labels of one image, by tag."""
+    return {"tags": dict(app_instance().labels_of(image))}
+
+
+def export(
+    user: AnyUser, background_tasks: BackgroundTasks, image: str, tag: str = "final", format: str = "nrrd"
+) -> Response:
+    """Return a stored label as a file; ``nrrd`` is what a viewer reads pixel by pixel, with its names in a header."""
+    check_name("label tag", tag)
+    path, names = app_instance().export_of(image, tag, format)
+    background_tasks.add_task(path.unlink, missing_ok=True)
+    media = "application/octet-stream" if format == "nrrd" else "application/dicom"
+    headers = {"X-MSHub-Segments": json.dumps(names)}
+    return FileResponse(path, media_type=media, filename=f"{image}_{tag}{path.suffix}", headers=headers)
+
+
+def channels(user: AnyUser, model: str, image: str) -> dict[str, Any]:
+    """Return which series of the study a model would take for which channel, or why that cannot be told."""
+    return dict(app_instance().channels_of(model, image))
+
+
 def status() -> dict[str, Any]:
     """Return the server's version, models, running predictions and trainings."""
     return dict(app_instance().status())
+
+
+async def proxy(user: AnyUser, request: Request, path: str) -> Response:
+    """Pass a request of the viewer on to the PACS."""
+    return await pass_on(request, path)
+
+
+def _dicom_result(
+    background_tasks: BackgroundTasks, model: str, image: str, options: dict[str, Any], output: DicomResult
+) -> Response:
+    """Return a prediction as a DICOM object, named and coded by the model's card."""
+    if not image:
+        raise HTTPException(400, f"output={output.value} needs ?image=ID of a series of the PACS.")
+    path = app_instance().infer_dicom({**options, "model": model, "image": image}, output.name)
+    background_tasks.add_task(path.unlink, missing_ok=True)
+    return FileResponse(path, media_type="application/dicom", filename=f"{model}_{image}.dcm")
 
 
 def _clean_up(background_tasks: BackgroundTasks) -> None:
@@ -197,16 +274,24 @@ ROUTES = (
     ("POST", "/train/{model}", train_model, "Train"),
     ("GET", "/train/", train_status, "Train"),
     ("DELETE", "/train/", stop_training, "Train"),
+    ("PUT", "/datastore/label", save_label, "Datastore"),
+    ("POST", "/activelearning/{strategy}", next_sample, "ActiveLearning"),
     ("PUT", "/session/", create_session, "Session"),
     ("GET", "/logs/", logs, "Others"),
     ("GET", "/mshub/status", status, "MSHub"),
     ("GET", "/mshub/reports/{model}/{name}", report, "MSHub"),
+    ("GET", "/mshub/labels/{image}", labels, "MSHub"),
+    ("GET", "/mshub/export/{image}", export, "MSHub"),
+    ("GET", "/mshub/channels/{model}", channels, "MSHub"),
+    ("GET", "/proxy/dicom/{path:path}", proxy, "PACS"),
+    ("POST", "/proxy/dicom/{path:path}", proxy, "PACS"),
 )
 
 
 def _extend(api: Any) -> None:
     routes = [APIRoute(path, answer, methods=[method], tags=[tag]) for method, path, answer, tag in ROUTES]
     api.router.routes[:0] = routes
+    add_viewer(api, lambda: app_instance().store.home)
     api.add_exception_handler(MSHubError, _on_our_error)
     api.add_exception_handler(json.JSONDecodeError, _on_bad_json)
     api.add_exception_handler(ImageNotFoundException, _on_not_found)

@@ -19,6 +19,7 @@ from lib.digests import Digests
 from lib.faults import as_http_errors
 from lib.trainers.options import TrainOptions, client_options, options_for
 from lib.trainers.tasks import as_stats
+from mshub.card_tables import Channel
 from mshub.cases import ReviewedCase
 from mshub.errors import TrainingError
 from mshub.jobs import Job, JobRequest, Jobs
@@ -71,6 +72,10 @@ class NNUNetTrainTask(TrainTask):  # type: ignore[misc]
         """Return how far the model's latest training is: see `as_stats`; empty if there never was one."""
         job = self._jobs.latest(self.model_id)
         return as_stats(job) if job else {}
+
+    def channels(self) -> tuple[Channel, ...]:
+        """Return the images the current version takes."""
+        return self._store.current(self.model_id).channels
 
     def fitting(self, cases: Sequence[ReviewedCase]) -> list[ReviewedCase]:
         """Return the cases this model can learn from."""
@@ -143,7 +148,7 @@ class NNUNetTrainTask(TrainTask):  # type: ignore[misc]
         """
         with as_http_errors():
             options = TrainOptions.parse(options_for(self.model_id, request), self._config_options)
-            job = self.start(options, studies_of(datastore).reviewed_cases(), resumable=False)
+            job = self.start(options, studies_of(datastore).reviewed_cases(self.channels()), resumable=False)
             with _stopped_by_sigterm(job):
                 progress = job.wait()
             _raise_if_failed(job, progress)
@@ -166,17 +171,9 @@ class NNUNetTrainTask(TrainTask):  # type: ignore[misc]
 
 
 def studies_of(datastore: Datastore) -> StudiesFolder:
-    """Return the datastore if models can be trained with its labels.
-
-    Raises
-    ------
-    HTTPException
-        405 for series of a DICOMweb server.
-    """
+    """Return the datastore if models can be trained with its labels; 405 if it is not one of ours."""
     if not isinstance(datastore, StudiesFolder):
-        raise HTTPException(
-            405, "Training needs a studies folder: labels of series on a DICOMweb server cannot be trained with yet."
-        )
+        raise HTTPException(405, "Training needs a studies folder or a PACS: no other datastore keeps reviewed labels.")
     return datastore
 
 

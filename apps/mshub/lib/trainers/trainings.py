@@ -14,6 +14,7 @@ from lib.faults import as_http_errors
 from lib.trainers.nnunet import NNUNetTrainTask, studies_of
 from lib.trainers.options import TrainOptions, options_for
 from lib.trainers.tasks import as_stats, as_task
+from mshub.card_tables import Channel
 from mshub.cases import ReviewedCase
 from mshub.errors import MSHubError
 from mshub.jobs import Job, Jobs
@@ -45,8 +46,8 @@ class Trainings:
         if not trainers:
             return {}
         try:
-            cases = studies_of(datastore).reviewed_cases()
-            return {model: trainer.info(cases) for model, trainer in trainers.items()}
+            cases = _Cases(datastore)
+            return {model: trainer.info(cases.of(trainer)) for model, trainer in trainers.items()}
         except (MSHubError, OSError) as error:
             logger.warning("reviewed cases cannot be counted: %s", error)
             return {model: {**trainer.info(), "mshub": {"problem": str(error)}} for model, trainer in trainers.items()}
@@ -106,7 +107,7 @@ class Trainings:
         """
         with as_http_errors():
             options = TrainOptions.parse(options_for(trainer.model_id, params), self._config)
-            job = trainer.start(options, studies_of(datastore).reviewed_cases())
+            job = trainer.start(options, _Cases(datastore).of(trainer))
         return _task(job, self._jobs.open())
 
     def start_new(self, trainers: Trainers, params: Mapping[str, Any] | None, datastore: Datastore) -> dict[str, Any]:
@@ -131,15 +132,14 @@ class Trainings:
         """
         with as_http_errors():
             options = {model: TrainOptions.parse(options_for(model, params), self._config) for model in trainers}
-            cases = studies_of(datastore).reviewed_cases()
+            cases = _Cases(datastore)
         return {model: self._start_if_new(trainer, options[model], cases) for model, trainer in trainers.items()}
 
-    def _start_if_new(
-        self, trainer: NNUNetTrainTask, options: TrainOptions, cases: list[ReviewedCase]
-    ) -> dict[str, Any]:
+    def _start_if_new(self, trainer: NNUNetTrainTask, options: TrainOptions, cases: _Cases) -> dict[str, Any]:
         try:
-            reason = trainer.reason_to_wait(cases)
-            job = None if reason else trainer.start(options, cases)
+            reviewed = cases.of(trainer)
+            reason = trainer.reason_to_wait(reviewed)
+            job = None if reason else trainer.start(options, reviewed)
         except HTTPException as error:
             return {"result": None, "detail": error.detail}
         except (MSHubError, OSError) as error:
@@ -153,6 +153,21 @@ class Trainings:
         """
         stopped = self._jobs.stop_all()
         return _task(stopped[0], []) if stopped else None
+
+
+class _Cases:
+    """The reviewed cases of a datastore, gathered once for all models with the same channels."""
+
+    def __init__(self, datastore: Datastore) -> None:
+        self._studies = studies_of(datastore)
+        self._known: dict[tuple[Channel, ...], list[ReviewedCase]] = {}
+
+    def of(self, trainer: NNUNetTrainTask) -> list[ReviewedCase]:
+        """Return the cases one model may learn from."""
+        channels = trainer.channels() if len(trainer.channels()) > 1 else ()
+        if channels not in self._known:
+            self._known[channels] = self._studies.reviewed_cases(channels)
+        return self._known[channels]
 
 
 def _task(job: Job, opened: list[Job]) -> dict[str, Any]:

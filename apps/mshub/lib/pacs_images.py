@@ -1,0 +1,129 @@
+"""Series of the PACS as files on this machine: a volume, and the headers of its slices.
+
+::
+
+    <folder>/<SeriesInstanceUID>.nii           the volume
+    <folder>/headers/<SeriesInstanceUID>/      its slices without their pixels, for the objects made from it
+    <folder>/channels/<reference>/<other>.nii  another series of the study on the grid of the first
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pydicom
+
+from lib.pacs_client import PacsClient, download
+from mshub.channel_series import resample_to
+from mshub.dicom_series import SeriesStack, read_series, read_stack
+from mshub.geometry import same_grid
+from mshub.volume_io import read_volume, write_nifti
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+VOLUME = ".nii"
+
+
+def untold(done: int, total: int) -> None:
+    """Tell nobody how far a download is."""
+
+
+class SeriesFiles:
+    """Copies of series, made when they are first asked for, whole or not at all.
+
+    Parameters
+    ----------
+    folder : Path
+    client : PacsClient
+    """
+
+    def __init__(self, folder: Path, client: PacsClient) -> None:
+        self.folder, self._client = folder, client
+        self._locks: dict[str, threading.Lock] = defaultdict(threading.Lock)
+
+    def path(self, series: str) -> Path:
+        """Return where the volume of a series is, or would be."""
+        return self.folder / f"{series}{VOLUME}"
+
+    def has(self, series: str, instances: int = 0) -> bool:
+        """Return whether there is a copy, of as many instances as the PACS lists (0 if it does not say)."""
+        headers = self._headers(series)
+        if not (self.path(series).is_file() and headers.is_dir()):
+            return False
+        return not instances or len(list(headers.iterdir())) == instances
+
+    def fetch(self, facts: Mapping[str, str], progress: Progress = untold) -> Path:
+        """Return the volume of a series, downloading it first where there is no copy or the PACS has more slices now.
+
+        Parameters
+        ----------
+        facts : mapping
+            ``SeriesInstanceUID``, ``StudyInstanceUID`` and, if known, ``NumberOfSeriesRelatedInstances``.
+        progress : callable
+            Told the instances downloaded and in all.
+
+        Raises
+        ------
+        PacsError
+            The PACS does not answer, or sends less than it lists.
+        CaseError, GeometryError
+            The series is no regular volume; nothing of it is kept.
+        """
+        series, listed = facts["SeriesInstanceUID"], int(facts.get("NumberOfSeriesRelatedInstances") or 0)
+        with self._locks[series]:
+            if not self.has(series, listed):
+                self._fetch(facts["StudyInstanceUID"], series, listed, progress)
+        return self.path(series)
+
+    def stack(self, series: str) -> SeriesStack:
+        """Return where the slices of a fetched series lie, with their headers."""
+        return read_stack(self._headers(series))
+
+    def on_grid_of(self, reference: str, other: str) -> Path:
+        """Return the volume of a fetched series on the grid of another one; errors as `resample_to`."""
+        target = self.folder / "channels" / reference / f"{other}{VOLUME}"
+        sources = (self.path(reference), self.path(other))
+        with self._locks[f"{reference} {other}"]:
+            if target.is_file() and target.stat().st_mtime_ns >= max(path.stat().st_mtime_ns for path in sources):
+                return target
+            grid, volume = self.stack(reference).grid, read_volume(self.path(other))
+            if same_grid(volume.grid, grid):
+                return self.path(other)
+            resampled = resample_to(volume, grid)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_nifti(target, resampled.array_xyz, resampled.grid)
+        return target
+
+    def _headers(self, series: str) -> Path:
+        return self.folder / "headers" / series
+
+    def _fetch(self, study: str, series: str, listed: int, progress: Progress) -> None:
+        pending = self.folder / "pending"
+        pending.mkdir(exist_ok=True)
+        work = Path(tempfile.mkdtemp(dir=pending))
+        try:
+            download(self._client, study, series, work / "files", listed, progress)
+            volume = read_series(work / "files", series_uid=series)
+            _drop_pixels(work / "files")
+            headers = self._headers(series)
+            headers.parent.mkdir(exist_ok=True)
+            shutil.rmtree(headers, ignore_errors=True)
+            self.path(series).unlink(missing_ok=True)  # a copy is whole once its volume, which comes last, is there
+            (work / "files").replace(headers)
+            write_nifti(self.path(series), volume.array_xyz, volume.grid)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+        logger.info("%s: fetched from the PACS, %d x %d x %d voxels", series, *volume.grid.shape_xyz)
+
+
+def _drop_pixels(folder: Path) -> None:
+    for path in folder.iterdir():
+        header = pydicom.dcmread(path, stop_before_pixels=True)
+        header.save_as(path)

@@ -1,0 +1,232 @@
+/* Below OHIF's segments: what became of the result; always in sight, submitting and the next case. */
+
+import { NAMED_AT_MOST, bar, button, duration, heading, link, moment, muted } from './controls.js';
+import { element } from './dom.js';
+import { Panel } from './panel.js';
+import { exportAddress } from './server.js';
+import { storedIn, titleOf, workbench } from './workbench.js';
+
+const draft = [
+  bench => bench.draft() && { title: bench.draft().title, at: moment(bench.draft().at) },
+  shown =>
+    shown &&
+    element(
+      'div',
+      { class: 'mshub-banner', 'data-cy': 'mshub-draft' },
+      `${shown.title}: your changes of ${shown.at} were not submitted.`,
+      button('draft-restore', 'Go on with them', { act: () => workbench.restoreDraft(), look: 'mshub-primary' }),
+      button('draft-drop', 'Discard', { act: () => workbench.dropDraft() })
+    ),
+];
+
+const submit = [
+  bench => ({
+    reviewer: bench.reviewer,
+    reason: bench.reasonNotToSubmit(),
+    isSending: bench.submitting,
+    segmentation: bench.active()?.label ?? null,
+    isTouched: Boolean(bench.records.get(bench.active()?.segmentationId)?.touched),
+    submitted: bench.submission && moment(bench.submission.at),
+  }),
+  ({ reviewer, reason, isSending, segmentation, isTouched, submitted }) => [
+    element(
+      'div',
+      { class: 'mshub-row' },
+      element('input', {
+        type: 'text',
+        value: reviewer,
+        placeholder: 'Your name',
+        'aria-label': 'Your name, kept with the label',
+        title: 'Your name, kept with the label',
+        'data-cy': 'mshub-reviewer',
+        onchange: event => workbench.setReviewer(event.target.value),
+      }),
+      button('submit', isSending ? 'Sending …' : 'Submit', {
+        look: 'mshub-primary',
+        act: () => workbench.submit(),
+        reason,
+        title: `Store ${segmentation} on the server and in the PACS (Shift+S)`,
+      })
+    ),
+    element(
+      'p',
+      { class: 'mshub-note mshub-cut', 'data-cy': 'mshub-state' },
+      stateOf({ segmentation, isTouched, submitted })
+    ),
+  ],
+];
+
+function stateOf({ segmentation, isTouched, submitted }) {
+  if (!segmentation) {
+    return 'Nothing to submit yet';
+  }
+  return isTouched
+    ? `${segmentation}: changes not submitted`
+    : submitted
+      ? `Submitted ${submitted}`
+      : `${segmentation}: not submitted`;
+}
+
+const submission = [
+  bench => bench.submission && { ...bench.submission, at: moment(bench.submission.at) },
+  shown => {
+    if (!shown) {
+      return null;
+    }
+    const { pacs, doubts = [], unchanged, at, reviewed = [] } = shown;
+    return element(
+      'div',
+      { class: 'mshub-note', role: 'status', 'data-cy': 'mshub-submitted' },
+      element('b', {}, `Submitted ${at}${unchanged ? ', unchanged' : ''}.`),
+      reviewed.length ? element('span', { class: 'mshub-block' }, `Reviewed: ${reviewedText(reviewed)}.`) : null,
+      element(
+        'span',
+        { class: `mshub-block${pacs?.stored === false ? ' mshub-warning' : ''}`, 'data-cy': 'mshub-pacs' },
+        storedIn(pacs)
+      ),
+      doubts.length
+        ? element(
+            'ul',
+            { class: 'mshub-warning', 'data-cy': 'mshub-doubts' },
+            doubts.map(doubt => element('li', {}, doubt))
+          )
+        : null
+    );
+  },
+];
+
+const reviewedText = names => (names.length > NAMED_AT_MOST ? `${names.length} structures` : names.join(', '));
+
+const labels = [
+  ({ tags, series }) => tags.final && series && { ...tags.final, uid: series.uid },
+  shown =>
+    shown &&
+    element(
+      'div',
+      { class: 'mshub-labels', 'data-cy': 'mshub-labels' },
+      muted(`Label on the server: ${[shown.client_id, moment(shown.ts)].filter(Boolean).join(', ')}`),
+      element(
+        'div',
+        { class: 'mshub-row' },
+        button('load', 'Show', {
+          act: () => workbench.loadSubmitted(),
+          title: 'Show the submitted label as a segmentation',
+        }),
+        link('export-seg', 'DICOM SEG', exportAddress(shown.uid, 'seg'), {
+          download: '',
+          title: 'Download as DICOM SEG',
+        }),
+        link('export-rtstruct', 'RTSTRUCT', exportAddress(shown.uid, 'rtstruct'), {
+          download: '',
+          title: 'Download as RTSTRUCT',
+        })
+      )
+    ),
+];
+
+const next = [
+  bench => ({
+    strategies: Object.entries(bench.information?.strategies ?? {}).map(([name, { description }]) => ({
+      name,
+      description,
+    })),
+    strategy: bench.strategy,
+    isAsking: bench.findingNext,
+    suggestion: bench.suggestion?.SeriesInstanceUID === bench.series?.uid ? bench.suggestion : null,
+  }),
+  ({ strategies, strategy, isAsking, suggestion }) =>
+    strategies.length > 0 && [
+      element(
+        'div',
+        { class: 'mshub-row' },
+        element(
+          'select',
+          {
+            'aria-label': 'How the next case is chosen',
+            title: strategies.find(({ name }) => name === strategy)?.description,
+            'data-cy': 'mshub-strategy',
+            onchange: event => workbench.setStrategy(event.target.value),
+          },
+          strategies.map(({ name, description }) =>
+            element('option', { value: name, selected: name === strategy, title: description }, spoken(name))
+          )
+        ),
+        button('next', isAsking ? 'Asking …' : 'Next case', {
+          act: () => workbench.next(),
+          reason: isAsking ? 'The server is choosing a case.' : null,
+          title: 'Open the next case (Shift+N)',
+        })
+      ),
+      suggestion?.why
+        ? element('p', { class: 'mshub-note', 'data-cy': 'mshub-why' }, `Why this case: ${suggestion.why}`)
+        : null,
+    ],
+];
+
+/** The name of a strategy as words. */
+const spoken = name => name.replace(/^mshub[_-]/, '').replaceAll(/[_-]/g, ' ');
+
+const training = [
+  bench => ({
+    reason: bench.reasonNotToTrain(),
+    isTraining: bench.isTraining(),
+    task: bench.training && { status: bench.training.status, ...bench.training.stats },
+    counts: bench.information?.trainers?.[bench.model]?.mshub ?? null,
+    title: bench.chosen() && titleOf(bench.chosen()),
+  }),
+  ({ reason, isTraining, task, counts, title }) => [
+    heading('Fine-tuning'),
+    isTraining ? trainingProgress(task) : null,
+    isTraining
+      ? null
+      : [
+          button('train', 'Fine-tune', {
+            look: 'mshub-wide',
+            act: () => workbench.train(),
+            reason,
+            title: `Train ${title} further with the reviewed cases; it serves only if it is better`,
+          }),
+          element('p', { class: 'mshub-note', 'data-cy': 'mshub-cases' }, countsText(counts) ?? reason),
+          task?.message || task?.outcome ? lastTraining(task) : null,
+        ],
+  ],
+];
+
+const countsText = counts =>
+  counts && !counts.problem ? `${counts.new_cases} new of ${counts.reviewed_cases} reviewed cases` : null;
+
+function trainingProgress({ epoch = 0, total_epochs: total, stage, message, best_metric: best, eta }) {
+  const epochs = total ? `epoch ${epoch} of ${total}` : null;
+  const metric = typeof best === 'number' ? `best Dice ${best.toFixed(3)}` : null;
+  const left = typeof eta === 'number' ? `about ${duration(eta)} left` : null;
+  return element(
+    'div',
+    { class: 'mshub-progress', role: 'status', 'data-cy': 'mshub-training' },
+    bar('training-bar', epoch, total),
+    element(
+      'div',
+      { class: 'mshub-row' },
+      element('span', {}, [stage, epochs, metric, left].filter(Boolean).join(' · ') || 'starting'),
+      button('stop', 'Stop', { act: () => workbench.stopTraining(), title: 'Stop the training' })
+    ),
+    message ? muted(message) : null
+  );
+}
+
+function lastTraining({ status, message, version, outcome, report }) {
+  const verdict = version && outcome ? `${version}: ${outcome}. ` : '';
+  return element(
+    'p',
+    { class: `mshub-note${status === 'ERROR' ? ' mshub-warning' : ''}`, 'data-cy': 'mshub-trained' },
+    `${verdict}${message ?? ''} `,
+    report ? link('trained-report', 'Report', report) : null
+  );
+}
+
+export class OutcomePanel extends Panel {
+  static sections = [submission, labels, training];
+}
+
+export class ReviewPanel extends Panel {
+  static sections = [draft, submit, next];
+}

@@ -1,0 +1,82 @@
+"""A PACS in memory, as `lib.pacs_client.PacsClient` shows it: to be down, slow or wrong at will."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+
+from pydicom.dataset import Dataset
+
+from lib.pacs_client import PacsError, PacsUnreachable
+
+
+class FakePacs:
+    """What stands in for a `PacsClient`.
+
+    Attributes
+    ----------
+    objects : list of Dataset
+        All instances.
+    down : bool
+        It does not answer.
+    lost : set of int
+        Positions of instances that it lists and does not send.
+    downloads : list of str
+        Series it was asked to send.
+    """
+
+    url = "http://127.0.0.1:1/dicom-web"
+    problem = ""
+
+    def __init__(self, *series: Sequence[Dataset]) -> None:
+        self.objects = [instance for one in series for instance in one]
+        self.down, self.lost, self.downloads = False, set[int](), list[str]()
+        self.questions, self.refuses_objects = 0, False
+        self._lock = threading.Lock()
+
+    def _asked(self) -> None:
+        with self._lock:
+            self.questions += 1
+        if self.down:
+            raise PacsUnreachable("The PACS does not answer.")
+
+    def _of(self, study: str, series: str) -> list[Dataset]:
+        return [item for item in self.objects if (item.StudyInstanceUID, item.SeriesInstanceUID) == (study, series)]
+
+    def series(self, **search: str) -> list[Dataset]:
+        self._asked()
+        found: dict[str, Dataset] = {}
+        for item in self.objects:
+            if all(str(item.get(key)) == value for key, value in search.items()):
+                listed = found.setdefault(str(item.SeriesInstanceUID), Dataset())
+                for key in ("StudyInstanceUID", "SeriesInstanceUID", "Modality", "PatientID", "SeriesDescription"):
+                    setattr(listed, key, item.get(key))
+                listed.NumberOfSeriesRelatedInstances = int(listed.get("NumberOfSeriesRelatedInstances") or 0) + 1
+        return list(found.values())
+
+    def instances(self, study: str, series: str) -> list[Dataset]:
+        self._asked()
+        return self._of(study, series)
+
+    def any_instance(self, study: str, series: str) -> Dataset:
+        self._asked()
+        return self._of(study, series)[0]
+
+    def files(self, study: str, series: str) -> Iterator[Dataset]:
+        self._asked()
+        self.downloads.append(series)
+        for number, item in enumerate(self._of(study, series)):
+            if number not in self.lost:
+                time.sleep(0.001)
+                yield item
+
+    def instance(self, study: str, series: str, instance: str) -> Dataset:
+        self._asked()
+        return next(item for item in self._of(study, series) if instance == item.SOPInstanceUID)
+
+    def store(self, dataset: Dataset) -> None:
+        self._asked()
+        if self.refuses_objects:
+            raise PacsError("The PACS did not store the object (FailureReason 272).")
+        self.objects.append(dataset)
