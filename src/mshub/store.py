@@ -82,11 +82,10 @@ class ModelVersion:
     def channels(self) -> tuple[Channel, ...]:
         """The images the model takes, in order, each with its modality."""
         card = self.card
-        named = {channel.name: channel for channel in card.channels}
-        channels = [named.get(name) or Channel(name=name) for name in self.record["channels"]]
-        return tuple(
-            channel if channel.modality else channel.model_copy(update={"modality": card.modality}) for channel in channels
-        )
+        known = {channel.name: channel for channel in card.channels}
+        channels = [known.get(name) or Channel(name=name) for name in self.record["channels"]]
+        kind = {"modality": card.modality}
+        return tuple(channel if channel.modality else channel.model_copy(update=kind) for channel in channels)
 
     @property
     def number(self) -> int:

@@ -50,7 +50,7 @@ _UID = re.compile(r"[0-9]+(\.[0-9]+)*")
 MAX_UID_LENGTH = 64
 LISTED_S, SEEN_S, RETRY_S = 1.0, 2.0, 10.0
 """How long the list of series, and of SEGs, is taken for new; how often labels that wait for the PACS are tried."""
-FINAL = DefaultLabelTag.FINAL.value
+FINAL = str(DefaultLabelTag.FINAL.value)
 FACTS = (
     *("StudyInstanceUID", "SeriesInstanceUID", "PatientID", "Modality", "StudyDate", "StudyTime", "StudyDescription"),
     *("SeriesDescription", "SeriesNumber", "NumberOfSeriesRelatedInstances"),
