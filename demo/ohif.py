@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ def main() -> int:
     parser.add_argument("--pacs-port", type=int, default=8042, help="port of Orthanc")
     parser.add_argument("--dicom", type=Path, help="folder with series of your own to store in the PACS")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that Orthanc ends too
     home = Path(os.environ.get("MSHUB_HOME") or CHECKOUT / ".mshub")
     try:
         pacs = Orthanc(home / "demo-pacs", arguments.pacs_port)

@@ -250,8 +250,11 @@ def predict(
         ),
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Label file (.nii.gz, .nii, .nrrd) or a folder for it.")
+        Path, typer.Option("--output", "-o", help="Label file (.nii.gz, .nii, .nrrd, .dcm) or a folder for it.")
     ],
+    format: Annotated[
+        str, typer.Option(help="Of a .dcm file: seg or rtstruct, for an image that is a DICOM folder.")
+    ] = "",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1...")] = "auto",
     profile: Annotated[
         str, typer.Option(help="accurate (nnU-Net's own settings) or fast (no mirroring).")
@@ -267,7 +270,8 @@ def predict(
     if profile not in PROFILES:
         raise ConfigError(f"The profile {profile!r} is unknown: expected one of {', '.join(PROFILES)}.")
     version = ModelStore().current(model_id)
-    target = _label_path(output, images)
+    target = _label_path(output, images, format)
+    stack = _dicom_series(images[0]) if format else None
     options = PredictOptions(
         PROFILES[profile],
         tuple(fold.strip() for fold in folds.split(",") if fold.strip()),
@@ -280,13 +284,42 @@ def predict(
         prediction = predictor.predict(
             images, options, lambda done, total: progress.update(task, completed=done, total=total)
         )
-    write_volume(target, prediction.labels.array_xyz, prediction.labels.grid)
+    labels = prediction.labels
+    if stack is None:
+        write_volume(target, labels.array_xyz, labels.grid)
+    else:
+        from mshub.dicom_derived import Algorithm, Facts
+        from mshub.label_export import export_labels
+
+        algorithm = Algorithm(model_id, version.version)
+        title = f"MSHub {model_id} {version.version}, automatic"
+        facts = Facts(algorithm, title, overrides=version.card.structures)
+        export_labels(target, format, labels.array_xyz, prediction.names, stack, facts)
     _report_prediction(prediction, target)
 
 
-def _label_path(output: Path, images: list[Path]) -> Path:
+def _dicom_series(image: Path) -> Any:
+    """Return the series a DICOM label will refer to; checked before anything is computed."""
+    from mshub.dicom_series import read_stack
+
+    if not image.is_dir():
+        raise ConfigError(
+            "--format makes a DICOM object, which refers to the slices it was made from. Found the image "
+            f"{image.name}; expected the folder of a DICOM series. Give that, or leave --format out."
+        )
+    return read_stack(image)
+
+
+def _label_path(output: Path, images: list[Path], format: str) -> Path:
     """Return the file to write; checked before anything is computed."""
     endings = (".nii.gz", ".nii", ".nrrd")
+    if format not in ("", "seg", "rtstruct"):
+        raise ConfigError(f"--format is {format!r}; expected seg or rtstruct, or nothing for {', '.join(endings)}.")
+    if output.suffix == ".dcm" and not format:
+        raise ConfigError(f"-o {output} can be two kinds of DICOM: add --format seg or --format rtstruct.")
+    if output.is_dir() and format:
+        return output / f"{images[0].name}_{format}.dcm"
+    endings = (".dcm",) if format else endings
     if output.is_dir():
         stem = images[0].name
         for ending in (*endings, ".mha", ".mhd"):
@@ -462,9 +495,7 @@ def _announce(store: ModelStore, studies: str, host: str, port: int) -> None:
         f"  models           {', '.join(models) or 'none installed yet: see `mshub list`, `mshub add`'}", soft_wrap=True
     )
     out.print(f"  3D Slicer        MONAI Label module, server address [cyan]{url}[/]")
-    out.print(
-        f"  OHIF viewer      [cyan]{url}/ohif/[/]  (shows DICOM: needs --studies DICOMWEB-ADDRESS)", soft_wrap=True
-    )
+    out.print(f"  OHIF viewer      {_viewer(store, studies, url)}", soft_wrap=True)
     out.print(f"  API and status   [cyan]{url}/[/]  [cyan]{url}/mshub/status[/]")
     model, example = _example(store, studies)
     if model and example:
@@ -482,6 +513,16 @@ def _announce(store: ModelStore, studies: str, host: str, port: int) -> None:
         f"  It is up when the last line says so; stop with Ctrl+C. Log: {escape(near(store.home))}/logs/server.log",
         soft_wrap=True,
     )
+
+
+def _viewer(store: ModelStore, studies: str, url: str) -> str:
+    """Return where OHIF is, or what it takes: it shows DICOM only."""
+    if "://" not in studies:
+        return "shows DICOM: needs the address of a PACS, --studies DICOMWEB-ADDRESS; try `make demo-ohif`"
+    stock = f"MONAI Label's own: [cyan]{url}/ohif/[/]"
+    if any((store.home / "viewer").glob("*/index.html")):
+        return f"[cyan]{url}/viewer/[/]  ({stock})"
+    return f"not installed yet: `make viewer`  ({stock})"
 
 
 def _example(store: ModelStore, studies: str) -> tuple[str | None, Path | None]:

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydicom
 import pytest
 import torch
 
 import mshub
+from dicom_series_factory import SeriesMaker
 from factories import make_image, make_model_folder, odd_grids
 from mshub.catalogue import Catalogue, draft_card
 from mshub.cli import main
@@ -341,6 +343,37 @@ def test_a_bad_output_is_refused_before_anything_is_computed(
     assert case.read_bytes() == before
 
 
+@pytest.mark.parametrize(("format", "modality"), [("seg", "SEG"), ("rtstruct", "RTSTRUCT")])
+def test_a_dicom_folder_gets_a_dicom_label(
+    run: Run, installed: ModelStore, tmp_path: Path, format: str, modality: str
+) -> None:
+    maker = SeriesMaker("for planning")
+    series = maker.write(tmp_path / "series")
+    assert run("predict", "tiny", series, "-o", tmp_path / "x.dcm", "--format", format).code == 0
+    assert run("predict", "tiny", series, "-o", tmp_path / "x.nii.gz").code == 0
+    dataset = pydicom.dcmread(tmp_path / "x.dcm")
+    assert (dataset.Modality, dataset.StudyInstanceUID) == (modality, maker.study_uid)
+    assert run("predict", "tiny", series, "-o", tmp_path, "--format", format).code == 0
+    assert (tmp_path / f"series_{format}.dcm").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["-o", "x.dcm"], "add --format seg or --format rtstruct"),
+        (["-o", "x.dcm", "--format", "dicom"], "expected seg or rtstruct"),
+        (["-o", "x.nii.gz", "--format", "seg"], "ending in .dcm"),
+        (["-o", "x.dcm", "--format", "seg"], "expected the folder of a DICOM series"),
+    ],
+)
+def test_a_dicom_label_that_cannot_be_is_refused_before_anything_is_computed(
+    run: Run, installed: ModelStore, case: Path, options: list[str], message: str
+) -> None:
+    result = run("predict", "tiny", case, *options)
+    assert (result.code, result.out) == (1, "")
+    assert message in result.err
+
+
 # -- training -----------------------------------------------------------------------------------------------------
 
 
@@ -555,7 +588,7 @@ def test_serve_says_where_to_look_and_how_to_predict(
     assert command[-3:] == ["--conf", "device", "cpu"]
     assert environment["MSHUB_HOME"] == str(installed.home)
     assert "http://127.0.0.1:8123" in result.out
-    assert "/ohif/" in result.out
+    assert "shows DICOM" in result.out
     assert re.search(rf"predict tiny \S*{case.name} -o label\.nii\.gz", result.out)
     assert "no login" not in result.out
 
@@ -568,9 +601,16 @@ def test_a_server_for_the_whole_network_comes_with_a_warning(run: Run, case: Pat
     assert started[0][0][started[0][0].index("--host") + 1] == "0.0.0.0"
 
 
-def test_an_address_of_a_pacs_is_handed_on(run: Run, started: list[Any]) -> None:
-    assert run("serve", "--studies", "http://pacs:8042/dicom-web").code == 3
+def test_an_address_of_a_pacs_is_handed_on_and_the_viewer_named(
+    run: Run, started: list[Any], installed: ModelStore
+) -> None:
+    result = run("serve", "--studies", "http://pacs:8042/dicom-web")
+    assert result.code == 3
     assert "http://pacs:8042/dicom-web" in started[0][0]
+    assert "make viewer" in result.out
+    (installed.home / "viewer" / "3").mkdir(parents=True)
+    (installed.home / "viewer" / "3" / "index.html").touch()
+    assert ":8000/viewer/" in run("serve", "--studies", "http://pacs:8042/dicom-web").out
 
 
 def test_the_samples_are_served_from_a_working_copy(
