@@ -300,6 +300,7 @@ def predict(
 
 def _dicom_series(image: Path) -> Any:
     """Return the series a DICOM label will refer to; checked before anything is computed."""
+    from mshub.dicom_derived import check_identified
     from mshub.dicom_series import read_stack
 
     if not image.is_dir():
@@ -307,12 +308,14 @@ def _dicom_series(image: Path) -> Any:
             "--format makes a DICOM object, which refers to the slices it was made from. Found the image "
             f"{image.name}; expected the folder of a DICOM series. Give that, or leave --format out."
         )
-    return read_stack(image)
+    stack = read_stack(image)
+    check_identified(stack, "a DICOM object")
+    return stack
 
 
 def _label_path(output: Path, images: list[Path], format: str) -> Path:
     """Return the file to write; checked before anything is computed."""
-    endings = (".nii.gz", ".nii", ".nrrd")
+    endings: tuple[str, ...] = (".nii.gz", ".nii", ".nrrd")
     if format not in ("", "seg", "rtstruct"):
         raise ConfigError(f"--format is {format!r}; expected seg or rtstruct, or nothing for {', '.join(endings)}.")
     if output.suffix == ".dcm" and not format:

@@ -146,7 +146,8 @@ def test_slicers_saved_label_keeps_names_and_who(site: Site, recorded: Any) -> N
         data={"params": json.dumps(request["params"])},
         files={"label": ("label.nii.gz", label)},
     )
-    assert answer.json() == {"image": "case02", "label": "case02"}, answer.text
+    assert (answer.json()["image"], answer.json()["label"]) == ("case02", "case02"), answer.text
+    assert (set(answer.json()["reviewed"]), answer.json()["doubts"]) == ({"liver", "spleen"}, [])
     stored = httpx.get(f"{site.server.url}/datastore/label/info?label=case02&tag=final").json()
     assert stored["label_info"] == request["params"]["label_info"]
     assert stored["client_id"] == "user-xyz"

@@ -28,6 +28,7 @@ from mshub.errors import CaseError, GeometryError, LabelError, MSHubError
 from mshub.label_export import export_labels
 from mshub.structures import StructureOverride, structure
 
+RECORDED = Path(__file__).resolve().parents[1] / "recorded"
 NAMES = {"liver": 1, "spleen": 2, "kidney_right": 3, "liver_lesion": 4, "Wumpus": 7}
 FACTS = Facts(Algorithm("starter", "1.2"), "MSHub starter 1.2", "Jo Doe")
 
@@ -306,12 +307,8 @@ class TestOddSeries:
         headers = tuple(deepcopy(header) for header in stack.headers)
         for header in headers:
             header.SOPClassUID = "1.2.3.4"
-        try:
+        with pytest.raises(CaseError, match="expected complete CT, MR or PET headers"):
             write_seg(tmp_path / "seg.dcm", label, NAMES, replace(stack, headers=headers), FACTS)
-        except CaseError as error:
-            assert "complete CT, MR or PET headers" in str(error)
-        else:
-            check_holds(read_seg(tmp_path / "seg.dcm", stack), label)
 
 
 class TestLabelsThatAreRefused:
@@ -408,6 +405,13 @@ class TestSegsOfOthers:
     def test_a_dataset_without_file_meta_information(self, seg, stack, label):
         del seg.file_meta
         check_holds(read_seg(seg, stack), label)
+
+    def test_one_that_dcmqi_wrote_as_3d_slicer_does(self, stack, tmp_path):
+        maker = SeriesMaker("recorded", axes=oblique())
+        image = read_stack(maker.write(tmp_path / "recorded"))
+        found = read_seg(RECORDED / "dcmqi_seg.dcm", image)
+        assert found.algorithm_types == {"liver": "MANUAL", "Wumpus": "SEMIAUTOMATIC"}
+        check_holds(found, np.where(np.isin(labelled(maker.shape), (1, 7)), labelled(maker.shape), 0))
 
     def test_segments_are_told_by_name_whatever_their_numbers(self, seg, stack, label):
         numbers = {1: 40, 2: 3, 3: 300, 4: 9}

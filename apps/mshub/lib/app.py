@@ -7,7 +7,9 @@ import hashlib
 import logging
 import os
 import tempfile
+import threading
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -151,6 +153,8 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         if settings.MONAI_LABEL_TASKS_TRAIN:
             self._resume_trainings()
         logging.getLogger("timeloop").disabled = True
+        if isinstance(self.datastore(), PacsStudies):
+            threading.Thread(target=import_module, args=("highdicom.seg",), daemon=True).start()  # seconds, once
         super().on_init_complete()
 
     def _resume_trainings(self) -> None:
