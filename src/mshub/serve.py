@@ -69,7 +69,6 @@ def server_environment(home: Path) -> dict[str, str]:
     return {
         "MONAI_LABEL_SESSION_PATH": str(sessions),
         "MONAI_LABEL_DATASTORE_CACHE_PATH": str(cache),
-        "MONAI_LABEL_DICOMWEB_CACHE_PATH": str(cache),
         "MONAI_LABEL_DICOMWEB_SEARCH_FILTER": '{"Modality":"CT,MR"}',
         **os.environ,
         "MSHUB_HOME": str(home),

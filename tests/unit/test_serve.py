@@ -56,7 +56,7 @@ def test_everything_the_server_writes_lies_under_the_home(tmp_path: Path, monkey
             monkeypatch.delenv(name)
     environment = server_environment(tmp_path)
     assert environment["MSHUB_HOME"] == str(tmp_path)
-    for name in ("SESSION_PATH", "DATASTORE_CACHE_PATH", "DICOMWEB_CACHE_PATH"):
+    for name in ("SESSION_PATH", "DATASTORE_CACHE_PATH"):
         assert Path(environment[f"MONAI_LABEL_{name}"]).is_relative_to(tmp_path), name
 
 

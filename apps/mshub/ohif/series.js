@@ -34,7 +34,7 @@ function describe(displaySet) {
     description: displaySet.SeriesDescription || 'no description',
     number: displaySet.SeriesNumber,
     slices: images.length,
-    isVolume: Boolean(displaySet.isReconstructable) && images.length > 1,
+    isVolume: images.length > 1,
     displaySet,
   };
 }

@@ -266,7 +266,7 @@ export class Workbench extends EventTarget {
       return this.misfit(this.model);
     }
     if (!this.series.isVolume) {
-      return 'This series is no volume of parallel, evenly spaced slices.';
+      return 'This series has one slice; a volume is needed.';
     }
     const without = this.channels.filter(channel => !this.seriesOfChannel(channel)).map(({ name }) => name);
     if (without.length) {

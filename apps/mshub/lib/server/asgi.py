@@ -44,6 +44,7 @@ class DicomResult(str, Enum):
 
 
 AnyUser = Annotated[User, Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER))]
+Annotator = Annotated[User, Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ANNOTATOR))]
 Admin = Annotated[User, Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ADMIN))]
 
 
@@ -146,9 +147,29 @@ def logs(user: AnyUser, lines: int = 300) -> Response:
         return PlainTextResponse("".join(deque(file, max(1, min(lines, 10_000)))))
 
 
+def list_datastore(user: AnyUser, output: datastore.ResultType | None = None) -> Any:
+    """Return the images and labels; a plain function like those that follow, as the PACS is asked."""
+    return datastore.datastore(output)
+
+
+def download_image(user: AnyUser, image: str) -> Any:
+    """Return an image as a file; of a series of the PACS, its volume."""
+    return datastore.download_image(image)
+
+
+def check_image(user: AnyUser, image: str, check_sum: str | None = None) -> Any:
+    """Say whether there is an image, by 200 or 404."""
+    return datastore.download_image(image, check_only=True, check_sum=check_sum)
+
+
+def image_info(user: AnyUser, image: str) -> Any:
+    """Return what is known about an image."""
+    return datastore.get_image_info(image)
+
+
 def save_label(
     background_tasks: BackgroundTasks,
-    user: AnyUser,
+    user: Annotator,
     image: str,
     label: Annotated[UploadFile, File()],
     params: Annotated[str, Form()] = "{}",
@@ -274,6 +295,10 @@ ROUTES = (
     ("POST", "/train/{model}", train_model, "Train"),
     ("GET", "/train/", train_status, "Train"),
     ("DELETE", "/train/", stop_training, "Train"),
+    ("GET", "/datastore/", list_datastore, "Datastore"),
+    ("GET", "/datastore/image", download_image, "Datastore"),
+    ("HEAD", "/datastore/image", check_image, "Datastore"),
+    ("GET", "/datastore/image/info", image_info, "Datastore"),
     ("PUT", "/datastore/label", save_label, "Datastore"),
     ("POST", "/activelearning/{strategy}", next_sample, "ActiveLearning"),
     ("PUT", "/session/", create_session, "Session"),
