@@ -1,0 +1,135 @@
+"""The viewer's way to the PACS: the query is kept, credentials are added, and nothing but DICOMweb is reached."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+pytestmark = pytest.mark.usefixtures("monailabel_here")
+ROOT = "http://pacs:8042/dicom-web"
+
+
+@pytest.fixture
+def seen() -> list[httpx.Request]:
+    return []
+
+
+@pytest.fixture
+def viewer(
+    monkeypatch: pytest.MonkeyPatch, seen: list[httpx.Request], monailabel_here: None
+) -> Iterator[Callable[..., TestClient]]:
+    """Return a function that gives a browser on a server whose PACS answers as told."""
+    from monailabel.config import settings
+
+    from lib.server import proxy
+
+    clients: list[TestClient] = []
+
+    def started(answer: Callable[[httpx.Request], httpx.Response], studies: str = ROOT) -> TestClient:
+        def handle(request: httpx.Request) -> httpx.Response:
+            seen.append(request)
+            return answer(request)
+
+        monkeypatch.setattr(settings, "MONAI_LABEL_STUDIES", studies)
+        pacs = httpx.AsyncClient(transport=httpx.MockTransport(handle), auth=("mshub", "secret"))
+        monkeypatch.setattr(proxy, "_client", lambda: pacs)
+        app = FastAPI()
+        app.add_api_route("/proxy/dicom/{path:path}", proxy.pass_on, methods=["GET", "POST"], response_model=None)
+        clients.append(TestClient(app, base_url="http://viewer:8000"))
+        return clients[-1]
+
+    yield started
+    for client in clients:
+        client.close()
+
+
+def fine(request: httpx.Request) -> httpx.Response:
+    return httpx.Response(
+        200,
+        stream=httpx.ByteStream(b"pixels"),
+        headers={"content-type": "multipart/related; boundary=x", "server": "y"},
+    )
+
+
+@pytest.mark.parametrize("service", ["", "qido/", "wado/"])
+def test_a_search_arrives_with_its_query_and_our_credentials(
+    viewer: Callable[..., TestClient], seen: list[httpx.Request], service: str
+) -> None:
+    headers = {"Accept": "application/dicom+json", "Cookie": "session=1", "Authorization": "Basic stolen"}
+    address = f"/proxy/dicom/{service}studies?PatientName=a%2Ab&limit=10&includefield=00081030"
+    answer = viewer(fine).get(address, headers=headers)
+    assert (answer.status_code, answer.content) == (200, b"pixels")
+    (request,) = seen
+    assert str(request.url) == f"{ROOT}/studies?PatientName=a%2Ab&limit=10&includefield=00081030"
+    assert request.headers["accept"] == "application/dicom+json"
+    assert request.headers["authorization"] == httpx.BasicAuth("mshub", "secret")._auth_header
+    assert "cookie" not in request.headers
+    assert "server" not in answer.headers
+
+
+def test_objects_are_stored(viewer: Callable[..., TestClient], seen: list[httpx.Request]) -> None:
+    headers = {"Content-Type": "multipart/related; boundary=x"}
+    assert viewer(fine).post("/proxy/dicom/studies/1.2.3", content=b"--x", headers=headers).status_code == 200
+    assert (seen[0].method, seen[0].content, seen[0].headers["content-type"]) == (
+        "POST",
+        b"--x",
+        headers["Content-Type"],
+    )
+
+
+def test_addresses_of_the_pacs_within_answers_lead_through_the_proxy(viewer: Callable[..., TestClient]) -> None:
+    text = f'[{{"7FE00010": {{"BulkDataURI": "{ROOT}/studies/1/bulk/7fe00010"}}}}]'
+    client = viewer(lambda _: httpx.Response(200, text=text, headers={"content-type": "application/dicom+json"}))
+    answer = client.get("/proxy/dicom/studies/1/metadata")
+    assert answer.json()[0]["7FE00010"]["BulkDataURI"] == "http://viewer:8000/proxy/dicom/studies/1/bulk/7fe00010"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "",
+        "system",
+        "instances-of",
+        "studies/..%2F..%2Fsystem",
+        "studies//x",
+        "studies/.%2E/x",
+        "qido/system",
+        "http://a/",
+        "wado",
+    ],
+)
+def test_other_paths_are_refused_and_never_asked_for(
+    viewer: Callable[..., TestClient], seen: list[httpx.Request], path: str
+) -> None:
+    assert viewer(fine).get(f"/proxy/dicom/{path}").status_code == 404
+    assert seen == []
+
+
+@pytest.mark.parametrize("path", ["series", "studies/1.2/series", "studies/x", "instances/1"])
+def test_objects_are_stored_at_studies_only(
+    viewer: Callable[..., TestClient], seen: list[httpx.Request], path: str
+) -> None:
+    assert viewer(fine).post(f"/proxy/dicom/{path}", content=b"x").status_code == 405
+    assert seen == []
+
+
+def test_a_pacs_that_is_down_or_absent_is_a_sentence(viewer: Callable[..., TestClient]) -> None:
+    def down(request: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("refused", request=request)
+
+    answer = viewer(down).get("/proxy/dicom/studies")
+    assert answer.status_code == 503
+    assert "does not answer" in answer.json()["detail"]
+    answer = viewer(fine, studies="/a/folder").get("/proxy/dicom/studies")
+    assert answer.status_code == 404
+    assert "no PACS" in answer.json()["detail"]
+
+
+def test_what_the_pacs_refuses_is_passed_on(viewer: Callable[..., TestClient]) -> None:
+    refused = httpx.Response(401, stream=httpx.ByteStream(b"no"), headers={"content-type": "text/plain"})
+    answer = viewer(lambda _: refused).get("/proxy/dicom/studies")
+    assert (answer.status_code, answer.text) == (401, "no")
