@@ -273,7 +273,7 @@ def _facts(card: ModelCard, version: ModelVersion, store: ModelStore) -> dict[st
 def _version_facts(version: ModelVersion, current: str, store: ModelStore) -> dict[str, Any]:
     """Return what a client shows of one version: what the gate said of it, and where its report is."""
     verdict = (version.record.get("lineage") or {}).get("verdict") or {}
-    reason = verdict.get("summary") and verdict["summary"].replace("ID VERSION", f"{version.model_id} {version.version}")
+    reason = str(verdict.get("summary") or "").replace("ID VERSION", f"{version.model_id} {version.version}")
     report = store.home / "reports" / version.model_id / f"{version.version}.html"
     return {
         "version": version.version,
@@ -281,6 +281,6 @@ def _version_facts(version: ModelVersion, current: str, store: ModelStore) -> di
         "created": version.record["created"],
         "origin": str(version.record["origin"].get("how", "")),
         "outcome": verdict.get("outcome"),
-        "reason": reason,
+        "reason": reason or None,
         "report": f"/mshub/reports/{version.model_id}/{version.version}" if report.is_file() else None,
     }
