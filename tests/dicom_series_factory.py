@@ -1,4 +1,4 @@
-"""CT and MR series of any orientation, and what goes wrong with them in hospitals, as DICOM files."""
+"""CT and MR series of any orientation, what is drawn on them, and what goes wrong with both, as DICOM files."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pydicom.encaps import encapsulate
 from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless, generate_uid
 
 CLASSES = {"CT": "1.2.840.10008.5.1.4.1.1.2", "MR": "1.2.840.10008.5.1.4.1.1.4"}
+SEG_CLASS = "1.2.840.10008.5.1.4.1.1.66.4"
 OFFSET = 1024
 AXES = {  # unit vectors along a row, along a column, LPS; the normal follows
     "axial": ((1, 0, 0), (0, 1, 0)),
@@ -183,3 +184,146 @@ def jpeg_2000(slices: Sequence[FileDataset]) -> Sequence[FileDataset]:
         dataset["PixelData"].is_undefined_length = True
         dataset.file_meta.TransferSyntaxUID = JPEG2000Lossless
     return slices
+
+
+def segmentation(
+    maker: SeriesMaker,
+    masks: Mapping[str, np.ndarray],
+    *,
+    name: str = "",
+    algorithm: str = "MANUAL",
+    time: str = "101500",
+    every_slice: bool = False,
+) -> FileDataset:
+    """Return a BINARY SEG as other programs make them: written here attribute by attribute, not by MSHub.
+
+    Parameters
+    ----------
+    maker
+        The series it is drawn on.
+    masks
+        SegmentLabel to its voxels, ``[column, row, slice]``, numbered from 1 in this order.
+    name
+        Its UIDs follow from it and from the series.
+    algorithm
+        SegmentAlgorithmType of every segment.
+    time
+        ContentTime.
+    every_slice
+        A frame for every slice, as OHIF has it, not only where the segment has a voxel.
+    """
+    slices = maker.slices()
+    items, frames = [], []
+    for number, mask in enumerate(masks.values(), 1):
+        for k, source in enumerate(slices):
+            if every_slice or mask[:, :, k].any():
+                items.append(_frame_item(number, source))
+                frames.append(mask[:, :, k].T)
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID = SEG_CLASS
+    meta.MediaStorageSOPInstanceUID = generate_uid(entropy_srcs=["seg", maker.name, name])
+    seg = FileDataset("", {}, file_meta=meta, preamble=bytes(128))
+    seg.is_little_endian, seg.is_implicit_VR = True, False
+    source = slices[0]
+    for keyword in ("StudyInstanceUID", "PatientID", "PatientName", "PatientBirthDate", "PatientSex", "StudyDate"):
+        setattr(seg, keyword, source.get(keyword, ""))
+    attributes = {
+        "SOPClassUID": SEG_CLASS,
+        "SOPInstanceUID": meta.MediaStorageSOPInstanceUID,
+        "SeriesInstanceUID": generate_uid(entropy_srcs=["seg series", maker.name, name]),
+        "FrameOfReferenceUID": source.get("FrameOfReferenceUID", ""),
+        "Modality": "SEG",
+        "Manufacturer": "Another program",
+        "SeriesDescription": "Segmentation",
+        "SeriesNumber": 100,
+        "InstanceNumber": 1,
+        "ContentLabel": "SEGMENTATION",
+        "ContentCreatorName": "Else^Dr",
+        "SegmentationType": "BINARY",
+        "ImageType": ["DERIVED", "PRIMARY"],
+        "SamplesPerPixel": 1,
+        "PhotometricInterpretation": "MONOCHROME2",
+        "BitsAllocated": 1,
+        "BitsStored": 1,
+        "HighBit": 0,
+        "PixelRepresentation": 0,
+        "LossyImageCompression": "00",
+        "SegmentSequence": [_segment_item(number, label, algorithm) for number, label in enumerate(masks, 1)],
+        "ReferencedSeriesSequence": [_referenced_series_item(slices)],
+        "SharedFunctionalGroupsSequence": [_shared_item(maker, source)],
+    }
+    for prefix in ("Content", "Series"):
+        attributes |= {f"{prefix}Date": "20260301", f"{prefix}Time": time}
+    for keyword, value in attributes.items():
+        setattr(seg, keyword, value)
+    return with_frames(seg, items, np.array(frames))
+
+
+def with_frames(seg: FileDataset, items: Sequence[Dataset], masks: np.ndarray) -> FileDataset:
+    """Return a SEG with these frames: what is said of each, and its voxels, ``[frame, row, column]``."""
+    seg.PerFrameFunctionalGroupsSequence = list(items)
+    seg.NumberOfFrames, seg.Rows, seg.Columns = masks.shape
+    packed = np.packbits(masks.astype(np.uint8).ravel(), bitorder="little").tobytes()
+    seg.PixelData = packed + bytes(len(packed) % 2)
+    return seg
+
+
+def frames_of(seg: FileDataset) -> tuple[list[Dataset], np.ndarray]:
+    """Return what a SEG says of each frame, and the frames' voxels, ``[frame, row, column]``."""
+    items = list(seg.PerFrameFunctionalGroupsSequence)
+    bits = np.unpackbits(np.frombuffer(seg.PixelData, np.uint8), bitorder="little")
+    shape = (len(items), seg.Rows, seg.Columns)
+    return items, bits[: int(np.prod(shape))].reshape(shape)
+
+
+def _item(**attributes: Any) -> Dataset:
+    item = Dataset()
+    for keyword, value in attributes.items():
+        setattr(item, keyword, value)
+    return item
+
+
+def _reference(source: Dataset) -> Dataset:
+    return _item(ReferencedSOPClassUID=source.SOPClassUID, ReferencedSOPInstanceUID=source.SOPInstanceUID)
+
+
+def _code(value: str, meaning: str) -> list[Dataset]:
+    return [_item(CodeValue=value, CodingSchemeDesignator="SCT", CodeMeaning=meaning)]
+
+
+def _segment_item(number: int, label: str, algorithm: str) -> Dataset:
+    item = _item(
+        SegmentNumber=number,
+        SegmentLabel=label,
+        SegmentAlgorithmType=algorithm,
+        SegmentedPropertyCategoryCodeSequence=_code("123037004", "Anatomical Structure"),
+        SegmentedPropertyTypeCodeSequence=_code("123037004", "Anatomical Structure"),
+    )
+    if algorithm != "MANUAL":
+        item.SegmentAlgorithmName = "another program"
+    return item
+
+
+def _referenced_series_item(slices: Sequence[Dataset]) -> Dataset:
+    return _item(
+        SeriesInstanceUID=slices[0].SeriesInstanceUID, ReferencedInstanceSequence=[_reference(one) for one in slices]
+    )
+
+
+def _shared_item(maker: SeriesMaker, source: Dataset) -> Dataset:
+    measures = _item(
+        SliceThickness=maker.spacing[2], SpacingBetweenSlices=maker.spacing[2], PixelSpacing=source.PixelSpacing
+    )
+    return _item(
+        PlaneOrientationSequence=[_item(ImageOrientationPatient=source.ImageOrientationPatient)],
+        PixelMeasuresSequence=[measures],
+    )
+
+
+def _frame_item(number: int, source: Dataset) -> Dataset:
+    return _item(
+        SegmentIdentificationSequence=[_item(ReferencedSegmentNumber=number)],
+        PlanePositionSequence=[_item(ImagePositionPatient=source.ImagePositionPatient)],
+        DerivationImageSequence=[_item(SourceImageSequence=[_reference(source)])],
+    )

@@ -46,10 +46,11 @@ class FakePacs:
 
     def series(self, **search: str) -> list[Dataset]:
         self._asked()
-        found: dict[str, Dataset] = {}
+        found: dict[tuple[str, str], Dataset] = {}
         for item in self.objects:
             if all(str(item.get(key)) == value for key, value in search.items()):
-                listed = found.setdefault(str(item.SeriesInstanceUID), Dataset())
+                identity = (str(item.StudyInstanceUID), str(item.SeriesInstanceUID))
+                listed = found.setdefault(identity, Dataset())
                 for key in ("StudyInstanceUID", "SeriesInstanceUID", "Modality", "PatientID", "SeriesDescription"):
                     setattr(listed, key, item.get(key))
                 listed.NumberOfSeriesRelatedInstances = int(listed.get("NumberOfSeriesRelatedInstances") or 0) + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import shutil
 from pathlib import Path
 from types import TracebackType
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from playwright.sync_api import ConsoleMessage, Page, Request, Response, sync_playwright
+from playwright.sync_api import ConsoleMessage, Page, Request, Response, Route, sync_playwright
 
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
 FLAGS = (
@@ -251,6 +252,15 @@ class OhifBrowser:
         self.control("why").wait_for()
         self.wait_for_image()
         return self.text("why")
+
+    def train_with(self, options: dict[str, Any]) -> None:
+        """Let the trainings this page asks for have `options` too, such as fewer epochs than a clinic would take."""
+
+        def add(route: Route) -> None:
+            asked = json.loads(route.request.post_data or "{}")
+            route.continue_(post_data=json.dumps({**asked, **options}))
+
+        self.page.route("**/train/*", add)
 
     def fine_tune(self, shot: str | None = None) -> str:
         """Fine-tune the chosen model and wait for the verdict; return what the panel says of it."""

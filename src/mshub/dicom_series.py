@@ -12,6 +12,7 @@ along each axis, on an orthogonal grid that is larger in plane. A label on that 
 from __future__ import annotations
 
 import logging
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -66,6 +67,7 @@ _TAGS = [
     "SamplesPerPixel",
     "PhotometricInterpretation",
     "PixelRepresentation",
+    "BitsAllocated",
     "BitsStored",
     "RescaleSlope",
     "RescaleIntercept",
@@ -393,9 +395,10 @@ def _check_plain_slice(file: Path, dataset: Any) -> None:
     kind = str(dataset.get("PhotometricInterpretation") or "MONOCHROME2")
     # MONOCHROME1 (low is white) comes out of GDCM with its bits inverted: HU no more
     if samples != 1 or kind != "MONOCHROME2":
+        found = f"is {kind}" if samples == 1 else f"has {samples} samples per pixel and is {kind}"
         raise CaseError(
-            f"{file.name} has {samples} samples per pixel and is {kind} ({_class_name(dataset)}), expected one "
-            "grey value per pixel (MONOCHROME2); give the original scan, not a colour or inverted copy"
+            f"{file.name} {found} ({_class_name(dataset)}), expected one grey value per pixel (MONOCHROME2); give the "
+            "original scan, not a colour or inverted copy"
         )
 
 
@@ -519,7 +522,35 @@ def _numbers(file: Path, dataset: Any, keyword: str, count: int) -> _Vector:
     return numbers
 
 
+def _check_complete(file: Path, dataset: Any) -> None:
+    """Refuse a slice of which bytes are missing: GDCM fills it up with zeros, without a word."""
+    syntax = UID(str(dataset.file_meta.get("TransferSyntaxUID") or ""), pydicom.config.IGNORE)
+    if syntax.is_transfer_syntax and syntax.is_compressed:
+        return
+    expected = -(-int(dataset.Rows) * int(dataset.Columns) * int(dataset.get("BitsAllocated") or 16) // 8)
+    found = len(_read_pixels(file))
+    if 0 < found < expected:
+        raise _undecodable(f"{file.name} has {found} of {expected} bytes")
+
+
+def _undecodable(reason: str) -> CaseError:
+    return CaseError(
+        f"the pixels of the series cannot be decoded ({reason}), expected complete files in a transfer syntax that "
+        "GDCM knows; copy the series again, or decompress it, e.g. with dcmdjpeg or 3D Slicer"
+    )
+
+
+def _read_pixels(file: Path) -> bytes:
+    """Return the pixels of a file as they are stored."""
+    try:
+        return pydicom.dcmread(file, specific_tags=["PixelData"]).get("PixelData") or b""
+    except Exception as error:
+        raise _damaged(file, error) from error
+
+
 def _decode(folder: Path, layout: _Layout) -> sitk.Image:
+    for file, dataset in zip(layout.files, layout.stack.headers, strict=True):
+        _check_complete(file, dataset)
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames([str(file) for file in layout.files])
     if not _stored_alike(layout.stack.headers):
@@ -528,10 +559,8 @@ def _decode(folder: Path, layout: _Layout) -> sitk.Image:
         image = reader.Execute()
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].replace(str(folder), folder.name)
-        raise CaseError(
-            f"the pixels of the series cannot be decoded ({reason}), expected complete files in a transfer syntax that "
-            "GDCM knows; copy the series again, or decompress it, e.g. with dcmdjpeg or 3D Slicer"
-        ) from error
+        reason = re.sub(r"^.*\(0x[0-9a-f]+\): ", "", reason)  # which object of ITK said so
+        raise _undecodable(reason) from error
     return image if image.GetPixelID() != sitk.sitkFloat64 else sitk.Cast(image, sitk.sitkFloat32)
 
 

@@ -260,10 +260,17 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         return isinstance(session, dict) and session.get("image") == image and folder in path.parents
 
     def next_sample(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Return the next case to label; 404 for an unknown strategy."""
+        """Return the next case to label; 404 for an unknown strategy.
+
+        Of a PACS, which holds more than one model is for, only series of the model's modality are offered.
+        """
         strategy = request.get("strategy") or "random"
         if strategy not in self._strategies:
             raise not_found("strategy", str(strategy), sorted(self._strategies))
+        model = request.get("model")
+        if model in self._served() and isinstance(self.datastore(), PacsStudies):
+            channels = self.store.current(model).channels
+            request = {**request, "modalities": sorted({str(channel.modality) for channel in channels} - {"other"})}
         sample: dict[str, Any] = super().next_sample(request)
         return sample
 
@@ -276,13 +283,13 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         info = datastore.get_label_info(image_id, DefaultLabelTag.FINAL.value)
         return {key: info[key] for key in ("reviewed", "doubts", "pacs") if key in info}
 
-    def labels_of(self, image: str) -> dict[str, dict[str, Any]]:
-        """Return what is known of an image's labels, by tag; 404 for an unknown image."""
+    def labels_of(self, image: str) -> dict[str, Any]:
+        """Return what is known of an image's labels, by tag, and of SEGs left out; 404 for an unknown image."""
         datastore = self._studies()
-        if isinstance(datastore, PacsStudies):
-            datastore.take_in(image)
+        left_out = datastore.take_in(image) if isinstance(datastore, PacsStudies) else []
         datastore.get_image_info(image)
-        return {tag: datastore.get_label_info(image, tag) for tag in datastore.get_labels_by_image_id(image)}
+        tags = {tag: datastore.get_label_info(image, tag) for tag in datastore.get_labels_by_image_id(image)}
+        return {"tags": tags, "left_out": left_out}
 
     def export_of(self, image: str, tag: str, format: str) -> tuple[Path, dict[str, int]]:
         """Return a stored label as a temporary file, and its names; see `lib.exports.export_label`."""

@@ -12,6 +12,7 @@ import re
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -94,6 +95,7 @@ class PacsStudies(StudiesFolder):
         self._listing, self._taking, self._storing = threading.Lock(), threading.Lock(), threading.Lock()
         self._listed: dict[str, dict[str, str]] = {}
         self._listed_at = self._looked_at = self._tried_at = float("-inf")
+        self._ambiguous: set[str] = set()
         self._headers: dict[str, Dataset] = {}
         super().__init__(folder, structures, refused, auto_reload=auto_reload, read_only=read_only)
 
@@ -319,9 +321,10 @@ class PacsStudies(StudiesFolder):
             )
         return {"problem": problem, "channels": rows}
 
-    def take_in(self, image_id: str) -> None:
-        """Look for corrections of one study that were stored in the PACS by others, now."""
+    def take_in(self, image_id: str) -> list[dict[str, str]]:
+        """Look for corrections of one study that others stored in the PACS, now; return what was left out, and why."""
         self._take_in(self._facts(image_id)["StudyInstanceUID"])
+        return self._labels.left_out(image_id)
 
     # -- private ------------------------------------------------------------------------------------------------
 
@@ -334,10 +337,12 @@ class PacsStudies(StudiesFolder):
             new = bool(asked_for) and asked_for not in self._listed
             if new or time.monotonic() - self._listed_at > LISTED_S:
                 found = [item for kind in self._modalities for item in self._client.series(Modality=kind)]
+                studies = Counter(str(item.SeriesInstanceUID) for item in found)
+                self._ambiguous = {uid for uid, count in studies.items() if count > 1}
                 self._listed = {
                     str(item.SeriesInstanceUID): text_of(item, FACTS)
                     for item in found
-                    if _is_uid(str(item.SeriesInstanceUID))
+                    if _is_uid(str(item.SeriesInstanceUID)) and str(item.SeriesInstanceUID) not in self._ambiguous
                 }
                 self._register(self._listed)
                 self._listed_at = time.monotonic()
@@ -371,6 +376,13 @@ class PacsStudies(StudiesFolder):
                     raise
             logger.warning("%s: the copy on this machine is used: %s", image_id, error)
             return dict(known.image.info)
+        if image_id in self._ambiguous:
+            raise HTTPException(
+                409,
+                f"The PACS lists the series {image_id} in several studies, perhaps of several patients: nobody can "
+                "tell which is meant. Expected: a SeriesInstanceUID of its own for every series. How to fix: correct or "
+                "remove the copies in the PACS.",
+            )
         if image_id not in listed:
             kinds = " or ".join(self._modalities)
             raise HTTPException(404, f"The PACS has no {kinds} series {image_id}.")
@@ -430,7 +442,7 @@ class PacsStudies(StudiesFolder):
             facts = label_facts(info, FINAL, self.overrides())
             written = write_seg(path, labels, correction.values, stack, facts)
             self._client.store(pydicom.dcmread(path))
-        self._labels.note(written.series_uid, written.sop_uid, OURS)
+        self._labels.note(written.series_uid, written.sop_uid, OURS, image_id)
         return {
             "stored": True,
             "message": "",
@@ -479,13 +491,18 @@ class PacsStudies(StudiesFolder):
                 raise PacsError(str(error.detail)) from error
             self._refuse(finding, str(error.detail))
         else:
-            self._labels.note(finding.series, finding.instance, TAKEN)
+            self._labels.note(finding.series, finding.instance, TAKEN, finding.image)
             logger.info("%s: a correction was found in the PACS (%s)", finding.image, finding.instance)
 
     def _keep(self, finding: Finding, labels: SegLabels, stack: SeriesStack) -> None:
         known = {fold(name): name for name in self.structures()}
         names = {name: value for name, value in labels.names.items() if fold(name) in known}
         array = np.where(np.isin(labels.array_xyz, list(names.values())), labels.array_xyz, 0)
+        if not array.any():
+            raise LabelError(
+                f"The DICOM SEG holds no voxel of {', '.join(names)}. Expected: an outlined structure. How to fix: "
+                "nothing, if there is nothing to outline; to say so, submit an empty label from the panel."
+            )
         info = {
             "label_info": [{"name": name, "idx": value} for name, value in names.items()],
             "client_id": labels.creator or labels.manufacturer or "PACS",
@@ -514,7 +531,7 @@ class PacsStudies(StudiesFolder):
         return version
 
     def _refuse(self, finding: Finding, reason: str) -> None:
-        self._labels.note(finding.series, finding.instance, REFUSED, reason)
+        self._labels.note(finding.series, finding.instance, REFUSED, finding.image, reason)
         logger.warning("the SEG %s in the PACS is left out: %s", finding.instance, reason)
 
 

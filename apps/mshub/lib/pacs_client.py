@@ -7,6 +7,7 @@ While it is down, the next `QUIET_S` seconds of questions get the same sentence 
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -86,15 +87,15 @@ class PacsClient:
         PacsError
             It does not answer, or refuses.
         """
-        found: dict[str, Dataset] = {}
+        found: dict[tuple[str, str], Dataset] = {}
         study = search.pop("StudyInstanceUID", None)
         while True:
             with self._asking("list its series"):
                 page = self._client.search_for_series(
                     study_instance_uid=study, search_filters=search, fields=FIELDS, limit=PAGE, offset=len(found)
                 )
-            listed = {str(item.get("SeriesInstanceUID", "")): item for item in map(_dataset, page)}
-            new = {uid: item for uid, item in listed.items() if uid and uid not in found}
+            listed = {_identity(item): item for item in map(_dataset, page)}
+            new = {identity: item for identity, item in listed.items() if all(identity) and identity not in found}
             found |= new
             if len(page) < PAGE or not new:  # a PACS that pays no heed to offset sends the same page again
                 return list(found.values())
@@ -211,13 +212,18 @@ def download(
     uids: set[str] = set()
     for number, dataset in enumerate(client.files(study, series), 1):
         uids.add(str(dataset.SOPInstanceUID))
-        dataset.save_as(str(folder / f"{number:05d}.dcm"), write_like_original=False)
+        name = f"image {dataset.get('InstanceNumber') or '?'} ({number})"  # what messages call it
+        dataset.save_as(str(folder / f"{re.sub(r'[^0-9a-z ()?]', '_', name)}.dcm"), write_like_original=False)
         progress(number, expected)
     if len(uids) < expected:
         raise PacsError(
             f"The PACS lists {expected} instances of the series {series} and sent {len(uids)}. Expected: all of them. "
             "How to fix: try again; if it stays so, look for damaged instances in the PACS."
         )
+
+
+def _identity(item: Dataset) -> tuple[str, str]:
+    return str(item.get("StudyInstanceUID") or ""), str(item.get("SeriesInstanceUID") or "")
 
 
 def _dataset(item: dict[str, Any]) -> Dataset:

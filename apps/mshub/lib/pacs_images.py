@@ -105,7 +105,7 @@ class SeriesFiles:
         return self.folder / "headers" / series
 
     def _fetch(self, study: str, series: str, listed: int, progress: Progress) -> None:
-        pending = self.folder / "pending"
+        pending = self.folder.with_name(f"{self.folder.name}.pending")  # beside: MONAI Label watches the folder itself
         pending.mkdir(exist_ok=True)
         work = Path(tempfile.mkdtemp(dir=pending))
         try:

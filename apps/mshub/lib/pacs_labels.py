@@ -83,12 +83,22 @@ class PacsLabels:
         ]
         return sorted(found, key=lambda finding: finding.created)
 
-    def note(self, series: str, instance: str, outcome: str, reason: str = "") -> None:
-        """Remember what became of a SEG: `OURS`, `TAKEN`, `REFUSED` or `LEFT`."""
+    def note(self, series: str, instance: str, outcome: str, image: str = "", reason: str = "") -> None:
+        """Remember what became of a SEG of an image: `OURS`, `TAKEN`, `REFUSED` or `LEFT`."""
         with self._lock:
-            instances = self._known.setdefault(series, {"count": 0, "instances": {}})["instances"]
-            instances[instance] = {"outcome": outcome, **({"reason": reason} if reason else {})}
+            instances = self._known.setdefault(series, {"instances": {}})["instances"]
+            instances[instance] = {"outcome": outcome, "image": image, "reason": reason}
             replace_json(self._path, self._known)
+
+    def left_out(self, image: str) -> list[dict[str, str]]:
+        """Return the SEGs of an image that are no label here, each with the reason."""
+        with self._lock:
+            notes = [(uid, note) for series in self._known.values() for uid, note in series["instances"].items()]
+        return [
+            {"SOPInstanceUID": uid, "reason": note["reason"]}
+            for uid, note in notes
+            if note["image"] == image and note["outcome"] in (REFUSED, LEFT)
+        ]
 
     def _look_at(self, series: Dataset, images: Collection[str], names: Collection[str]) -> Iterator[Finding]:
         uid, study = str(series.SeriesInstanceUID), str(series.StudyInstanceUID)
@@ -104,12 +114,16 @@ class PacsLabels:
             if not instance or instance in known:
                 continue
             image = referenced_series(header)
-            if image is None or image not in images:
+            if image is None:
+                self.note(uid, instance, LEFT, reason=(reason := "it does not say which series it was made from"))
+                logger.warning("the SEG %s in the PACS is left out: %s", instance, reason)
+                continue
+            if image not in images:
                 self._elsewhere[uid] = (count, image)  # its series may still arrive
                 continue
             reason = _why_left(header, names)
             if reason:
-                self.note(uid, instance, LEFT, reason)
+                self.note(uid, instance, LEFT, image, reason)
             else:
                 yield Finding(image, study, uid, instance, created(header) or LONG_AGO)
 

@@ -16,6 +16,7 @@ from fastapi import HTTPException
 from dicom_series_factory import SeriesMaker
 from fake_pacs import FakePacs
 from lib import pacs as pacs_module
+from lib.activelearning import First, Random
 from lib.exports import export_label
 from lib.pacs import PacsStudies
 from mshub.card_tables import Channel
@@ -309,3 +310,30 @@ def test_while_the_pacs_is_down_what_is_here_serves_and_the_rest_is_a_503(open_p
     assert not pacs.pacs()["reachable"]
     remote.down = False
     assert pacs.pacs()["reachable"]
+
+
+def test_the_next_case_is_of_the_models_modality_and_not_the_one_that_is_open(open_pacs: Any) -> None:
+    others = [SeriesMaker("an mr", modality="MR"), SeriesMaker("one more ct")]
+    pacs = open_pacs(FakePacs(MAKER.slices(), *(maker.slices() for maker in others)))
+    ct = {MAKER.uid, others[1].uid}
+    first = First()({"modalities": ["CT"]}, pacs)
+    assert first is not None
+    assert (first["id"], first["waiting"]) == (min(ct), 2)
+    following = First()({"modalities": ["CT"], "skip": [min(ct)]}, pacs)
+    assert following is not None
+    assert following["id"] == max(ct)
+    alone = Random()({"modalities": ["MR"], "skip": [others[0].uid]}, pacs)
+    assert alone is not None
+    assert alone["id"] == others[0].uid
+    assert Random()({"modalities": ["PT"]}, pacs) is None
+
+
+def test_a_series_of_two_patients_is_nobodys(open_pacs: Any) -> None:
+    copies = MAKER.slices()
+    for copy in copies:
+        copy.StudyInstanceUID, copy.PatientID = "1.2.3", "OTHER"
+    pacs = open_pacs(FakePacs(MAKER.slices(), copies))
+    assert pacs.list_images() == []
+    with pytest.raises(HTTPException, match="several studies") as caught:
+        pacs.get_image_uri(MAKER.uid)
+    assert caught.value.status_code == 409

@@ -51,8 +51,13 @@ class First(Strategy):  # type: ignore[misc]
 
 
 def _unlabelled(request: dict[str, Any], datastore: Datastore) -> Sequence[str]:
-    """Return the unlabelled cases without those a client wants to ``skip`` now, unless no other is left."""
+    """Return the unlabelled cases of the ``modalities`` asked for.
+
+    Those a client wants to ``skip`` now are left out, unless no other is left.
+    """
     images: Sequence[str] = datastore.get_unlabeled_images(request.get("label_tag"), request.get("labels"))
+    kinds = request.get("modalities")
+    images = [image for image in images if not kinds or datastore.get_image_info(image).get("Modality") in kinds]
     skipped = request.get("skip")
     others = [image for image in images if image not in skipped] if isinstance(skipped, list) else images
     return others or images

@@ -274,6 +274,7 @@ def _version_facts(version: ModelVersion, current: str, store: ModelStore) -> di
     """Return what a client shows of one version: what the gate said of it, and where its report is."""
     verdict = (version.record.get("lineage") or {}).get("verdict") or {}
     reason = str(verdict.get("summary") or "").replace("ID VERSION", f"{version.model_id} {version.version}")
+    reason = reason.removeprefix(f"{verdict.get('outcome')}: ")
     report = store.home / "reports" / version.model_id / f"{version.version}.html"
     return {
         "version": version.version,

@@ -193,8 +193,8 @@ def next_sample(user: AnyUser, strategy: str, params: Annotated[Any, Body()] = N
 
 
 def labels(user: AnyUser, image: str) -> dict[str, Any]:
-    """Return what is known of the labels of one image, by tag."""
-    return {"tags": dict(app_instance().labels_of(image))}
+    """Return what is known of the labels of one image, by tag, and which SEGs of the PACS are none, and why."""
+    return dict(app_instance().labels_of(image))
 
 
 def export(

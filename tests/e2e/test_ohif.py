@@ -1,0 +1,259 @@
+"""The radiologist's day in a real browser, a real server and a real PACS: what is on the screen is what is stored."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import httpx
+import numpy as np
+import pydicom
+import pytest
+from dicomweb_client import DICOMwebClient
+
+from dicom_series_factory import AXES, SeriesMaker, oblique
+from factories import make_model_folder
+from lib.server.viewer import OHIF_VERSION, viewer_folder
+from live import LiveServer
+from mshub.dicom_seg import read_seg
+from mshub.dicom_series import read_stack
+from mshub.install import add_model
+from mshub.nnunet.folder import ModelFolder
+from mshub.nnunet.network_cache import NetworkCache
+from mshub.nnunet.predictor import NNUNetPredictor
+from mshub.store import ModelStore, default_home
+from ohif_browser import CHROMIUM, OhifBrowser
+from orthanc import Orthanc
+
+SHOTS = Path(os.environ["E2E_SCREENSHOTS"]) if os.environ.get("E2E_SCREENSHOTS") else None
+REQUIRED = os.environ.get("MSHUB_E2E") == "required"
+ORIENTATIONS = {**AXES, "oblique": oblique(), "oblique, other way": oblique(-25, 160, -70)}
+MIDDLE, LEFT = (0.5, 0.5), (0.42, 0.5)
+SHORT_TRAINING = {"epochs": 3, "iterations": 3, "device": "cpu"}
+WARD = 6  # cases that are reviewed before the day begins
+
+
+@dataclass
+class Clinic:
+    """A PACS, a server on it, and a browser."""
+
+    pacs: Orthanc
+    server: LiveServer
+    home: Path
+    folder: Path
+    browser: OhifBrowser
+
+    def store(self, maker: SeriesMaker) -> Path:
+        """Write a series and store it in the PACS; returns its folder."""
+        folder = maker.write(self.folder / "series" / maker.name)
+        self.pacs.upload(sorted(folder.iterdir()))
+        return folder
+
+    def predicted(self, *folders: Path, model: str = "tiny") -> np.ndarray:
+        """Return what the library itself says of the files of series, [x, y, slice along the normal]."""
+        version = ModelStore(self.home).current(model)
+        predictor = NNUNetPredictor(ModelFolder.open(version.model_path), NetworkCache(2**30))
+        return read_stack(folders[0]).to_slices(predictor.predict(list(folders)).labels.array_xyz)
+
+    def kept(self, image: str) -> dict[str, Any]:
+        """Return what the server knows of the submitted label of a series."""
+        return dict(httpx.get(f"{self.server.url}/mshub/labels/{image}", timeout=60).json()["tags"]["final"])
+
+    def stored(self, image: str, folder: Path) -> tuple[np.ndarray, dict[str, int]]:
+        """Return the SEG in the PACS of the submitted label of a series, read by the library, and its names."""
+        stored, stack = self.kept(image)["pacs"], read_stack(folder)
+        client, study = DICOMwebClient(self.pacs.dicomweb), stack.headers[0].StudyInstanceUID
+        seg = client.retrieve_instance(study, stored["SeriesInstanceUID"], stored["SOPInstanceUID"])
+        labels = read_seg(seg, stack)
+        return labels.array_xyz, labels.names
+
+
+@pytest.fixture(scope="module")
+def viewer() -> Path:
+    """OHIF's build; skipped where it or a browser is not installed."""
+    folder = viewer_folder(default_home())
+    missing = [
+        *([] if folder else [f"OHIF {OHIF_VERSION} (make viewer)"]),
+        *([] if Path(CHROMIUM).exists() else ["Chromium (make pacs-tools)"]),
+    ]
+    if folder is None or missing:
+        reason = f"not installed: {', '.join(missing)}"
+        pytest.fail(reason) if REQUIRED else pytest.skip(reason)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clinic(viewer: Path, tmp_path_factory: pytest.TempPathFactory, orthanc: Callable[..., Orthanc]) -> Iterator[Clinic]:
+    folder = tmp_path_factory.mktemp("clinic")
+    home = folder / "home"
+    (home / "viewer").mkdir(parents=True)
+    (home / "viewer" / OHIF_VERSION).symlink_to(viewer)
+    add_model(ModelStore(home), "tiny", make_model_folder(folder / "models" / "tiny"))
+    tumour = {"background": 0, "tumour": 1}
+    coarse = {"spacing_zyx_mm": (6.5, 2, 2), "patch": (16, 48, 48)}
+    pair = make_model_folder(folder / "models" / "pair", channels=("T1c", "FLAIR"), labels=tumour, **coarse)
+    add_model(ModelStore(home), "pair", pair)
+    pacs = orthanc(folder / "pacs")
+    server = LiveServer(home, ["--studies", pacs.dicomweb], folder)
+    try:
+        with OhifBrowser(server.url, SHOTS) as browser:
+            yield Clinic(pacs, server, home, folder, browser)
+    finally:
+        server.stop()
+
+
+@pytest.fixture(autouse=True)
+def nothing_goes_wrong_on_the_page(clinic: Clinic) -> Iterator[None]:
+    """No error of the page, no answer that is one, nothing asked for elsewhere; tests that mean to fail clear them."""
+    clinic.browser.problems.clear()
+    yield
+    assert clinic.browser.problems == []
+    assert clinic.browser.foreign == []
+    assert not clinic.browser.page.get_by_text("Something went wrong").count()
+
+
+def same_structures(one: np.ndarray, names: dict[str, int], other: np.ndarray, others: dict[str, int]) -> bool:
+    """Whether two labels hold the same voxels of every structure, whatever their numbers."""
+    here = {name: value for name, value in names.items() if (one == value).any()}
+    there = {name: value for name, value in others.items() if (other == value).any()}
+    return here.keys() == there.keys() and all(np.array_equal(one == here[name], other == there[name]) for name in here)
+
+
+@pytest.mark.parametrize("name", ORIENTATIONS)
+def test_what_is_shown_drawn_and_stored_is_the_same_in_every_orientation(clinic: Clinic, name: str) -> None:
+    maker = SeriesMaker(f"shown {name}", axes=ORIENTATIONS[name], seed=4)
+    folder, browser = clinic.store(maker), clinic.browser
+    browser.open_mode(maker.study_uid)
+    browser.segment("tiny")
+    shown, names = browser.labelmap()
+    np.testing.assert_array_equal(shown, clinic.predicted(folder))
+    assert names == {"liver": 1, "spleen": 2}
+
+    browser.brush("spleen", 4, LEFT)
+    drawn, _ = browser.labelmap()
+    changed = np.nonzero(drawn != shown)
+    assert set(changed[2]) == {browser.active_slice()}
+    assert set(drawn[changed]) == {2}
+    browser.submit("Dr. Ohif")
+    stored, stored_names = clinic.stored(maker.uid, folder)
+    assert same_structures(stored, stored_names, drawn, names)
+
+
+def test_the_day_from_the_study_list_to_a_new_version(clinic: Clinic) -> None:
+    browser = clinic.browser
+    for number in range(WARD):
+        maker = SeriesMaker(f"ward-{number}", seed=20 + number)
+        clinic.store(maker)
+        browser.open_mode(maker.study_uid)
+        browser.segment("tiny")
+        browser.submit()
+    case = SeriesMaker("the-case", seed=40)
+    folder = clinic.store(case)
+    clinic.store(SeriesMaker("the-next-case", seed=41))
+
+    browser.open_list()
+    browser.page.get_by_text("THE-CASE", exact=True).wait_for()
+    browser.screenshot("01-study-list")
+    browser.open_study("THE-CASE")
+    browser.screenshot("02-mshub-mode")
+    browser.segment("tiny", shot="03-running")
+    shown, names = browser.labelmap()
+    np.testing.assert_array_equal(shown, clinic.predicted(folder))
+    browser.screenshot("04-result")
+    browser.brush("liver", 5, MIDDLE)
+    browser.erase(3, LEFT)
+    drawn, _ = browser.labelmap()
+    assert not np.array_equal(drawn, shown)
+    browser.screenshot("05-brush")
+    assert "in the PACS" in browser.submit("Dr. Ohif")
+    browser.screenshot("06-submitted")
+    stored, stored_names = clinic.stored(case.uid, folder)
+    assert same_structures(stored, stored_names, drawn, names)
+    kept = clinic.kept(case.uid)
+    assert (kept["client_id"], kept["model"]) == ("Dr. Ohif", "tiny")
+
+    assert "Why this case" in browser.next_case("first")
+    browser.screenshot("07-next-case")
+    browser.train_with(SHORT_TRAINING)
+    verdict = browser.fine_tune(shot="08-fine-tuning")
+    newest = ModelStore(clinic.home).versions("tiny")[-1].version
+    assert newest != "v1"
+    assert newest in verdict
+    browser.control("verdict").filter(has_text=newest).wait_for()
+    browser.control("verdict").click()
+    browser.screenshot("09-new-version")
+    assert httpx.get(clinic.server.url + browser.control(f"report-{newest}").first.get_attribute("href")).is_success
+
+
+def test_two_sequences_of_an_oblique_mr_are_found_and_segmented(clinic: Clinic, shared_data: Path) -> None:
+    folders = {name: shared_data / "dicom_mr" / name for name in ("T1post", "FLAIR")}
+    for folder in folders.values():
+        clinic.pacs.upload(sorted(folder.iterdir()))
+    header = pydicom.dcmread(next(folders["T1post"].iterdir()), stop_before_pixels=True)
+    browser = clinic.browser
+    browser.open_mode(header.StudyInstanceUID, header.SeriesInstanceUID)
+    browser.control("model-pair").check()
+    browser.control("channel-FLAIR").wait_for()
+    chosen = [browser.control(f"channel-{name}").locator("option:checked").inner_text() for name in ("T1c", "FLAIR")]
+    assert "T1post" in chosen[0]
+    assert "FLAIR" in chosen[1]
+    browser.segment()
+    shown, names = browser.labelmap()
+    np.testing.assert_array_equal(shown, clinic.predicted(*folders.values(), model="pair"))
+    browser.screenshot("10-two-sequences")
+    browser.brush("tumour", 6)
+    drawn, _ = browser.labelmap()
+    browser.submit()
+    stored, stored_names = clinic.stored(header.SeriesInstanceUID, folders["T1post"])
+    assert same_structures(stored, stored_names, drawn, names)
+
+
+def test_changes_that_were_not_submitted_are_kept_when_the_study_is_left(clinic: Clinic) -> None:
+    maker = SeriesMaker("left-behind", seed=7)
+    clinic.store(maker)
+    browser = clinic.browser
+    browser.open_mode(maker.study_uid)
+    browser.segment("tiny")
+    browser.brush("spleen", 5)
+    drawn, _ = browser.labelmap()
+    assert "changes not submitted" in browser.text("state")
+    browser.page.locator('[data-cy="return-to-work-list"]').click()
+    browser.open_study("LEFT-BEHIND")
+    browser.control("draft-restore").click()
+    browser.control("draft").wait_for(state="detached")
+    restored, _ = browser.labelmap()
+    np.testing.assert_array_equal(restored, drawn)
+    browser.submit()
+
+
+def test_a_refusal_is_shown_in_the_servers_own_words(clinic: Clinic) -> None:
+    maker = SeriesMaker("with-a-gap")
+    folder = maker.write(clinic.folder / "series" / maker.name, lambda slices: [*slices[:8], *slices[11:]])
+    clinic.pacs.upload(sorted(folder.iterdir()))
+    browser = clinic.browser
+    browser.open_mode(maker.study_uid)
+    browser.control("model-tiny").check()
+    browser.control("run").click()
+    told = browser.page.locator("[data-sonner-toast]").first.inner_text()
+    answer = clinic.server.infer("tiny", f"image={maker.uid}&output=image")
+    assert answer.status_code >= 400
+    assert answer.json()["detail"] in told
+    browser.screenshot("11-refused")
+    browser.problems.clear()
+
+
+def test_the_stock_panel_of_monai_labels_own_build_still_works(clinic: Clinic) -> None:
+    maker = SeriesMaker("stock")
+    clinic.store(maker)
+    browser = clinic.browser
+    address = quote(clinic.server.url, safe="")
+    browser.page.context.add_cookies([{"name": "MONAILABEL_SERVER_URL", "value": address, "url": clinic.server.url}])
+    browser.page.goto(f"{clinic.server.url}/ohif/monai-label?StudyInstanceUIDs={maker.study_uid}")
+    browser.page.get_by_text("MONAI Label", exact=False).first.wait_for()
+    browser.screenshot("12-stock-panel")
+    browser.problems.clear()
+    browser.foreign.clear()  # that build asks for fonts elsewhere
