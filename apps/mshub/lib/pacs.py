@@ -380,8 +380,8 @@ class PacsStudies(StudiesFolder):
             raise HTTPException(
                 409,
                 f"The PACS lists the series {image_id} in several studies, perhaps of several patients: nobody can "
-                "tell which is meant. Expected: a SeriesInstanceUID of its own for every series. How to fix: correct or "
-                "remove the copies in the PACS.",
+                "tell which is meant. Expected: a SeriesInstanceUID of its own for every series. How to fix: correct "
+                "or remove the copies in the PACS.",
             )
         if image_id not in listed:
             kinds = " or ".join(self._modalities)

@@ -22,6 +22,7 @@ from monailabel.datastore.dicom import DICOMwebClientX
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
 from requests.adapters import HTTPAdapter
+from urllib3.exceptions import ProtocolError
 
 from mshub.errors import MSHubError
 
@@ -180,11 +181,20 @@ class PacsClient:
 
 
 class _TimeLimits(HTTPAdapter):
-    """Requests that name no time limit get ours."""
+    """Requests that name no time limit get ours.
+
+    A question sent on a connection that the PACS was just closing, because nothing was said on it for a while, is asked
+    again at once.
+    """
 
     def send(self, request: Any, **options: Any) -> requests.Response:  # type: ignore[override]
         options["timeout"] = options.get("timeout") or (CONNECT_S, READ_S)
-        return super().send(request, **options)
+        try:
+            return super().send(request, **options)
+        except requests.ConnectionError as error:
+            if request.method != "GET" or not isinstance(next(iter(error.args), None), ProtocolError):
+                raise
+            return super().send(request, **options)
 
 
 def credentials() -> tuple[str, str] | None:

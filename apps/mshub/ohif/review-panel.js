@@ -214,7 +214,8 @@ function trainingProgress({ epoch = 0, total_epochs: total, stage, message, best
 }
 
 function lastTraining({ status, message, version, outcome, report }) {
-  const verdict = version && outcome ? `${version}: ${outcome}. ` : '';
+  const isSaid = outcome && message?.startsWith(outcome);
+  const verdict = version && outcome ? `${version}: ${isSaid ? '' : `${outcome}. `}` : '';
   return element(
     'p',
     { class: `mshub-note${status === 'ERROR' ? ' mshub-warning' : ''}`, 'data-cy': 'mshub-trained' },

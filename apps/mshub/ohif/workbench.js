@@ -292,7 +292,8 @@ export class Workbench extends EventTarget {
     this.changed();
     const timer = setInterval(() => this.followRun(), RUN_POLL_MS);
     try {
-      const params = { client_id: this.client(), ...this.chosenSeries() };
+      // Kept as the pre-label: a correction is then known to start from it, and compared with it.
+      const params = { client_id: this.client(), save_label: true, ...this.chosenSeries() };
       const { facts, image } = await server.infer(model.id, series.uid, params, abort.signal);
       if (this.series?.uid !== series.uid) {
         throw new Error(
@@ -480,9 +481,10 @@ export class Workbench extends EventTarget {
     this.findingNext = true;
     this.changed();
     try {
-      const found = await server.nextCase(this.strategy, { client_id: this.client(), model: this.model });
+      const skip = this.series ? [this.series.uid] : [];
+      const found = await server.nextCase(this.strategy, { client_id: this.client(), model: this.model, skip });
       if (!found.StudyInstanceUID) {
-        this.tell('Nothing waits', 'Every case of this server has a reviewed label.', 'info');
+        this.tell('Nothing waits', 'Every case for this model has a reviewed label.', 'info');
         return;
       }
       this.suggestion = found;

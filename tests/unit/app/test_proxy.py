@@ -133,3 +133,16 @@ def test_what_the_pacs_refuses_is_passed_on(viewer: Callable[..., TestClient]) -
     refused = httpx.Response(401, stream=httpx.ByteStream(b"no"), headers={"content-type": "text/plain"})
     answer = viewer(lambda _: refused).get("/proxy/dicom/studies")
     assert (answer.status_code, answer.text) == (401, "no")
+
+
+def test_a_connection_that_was_just_closed_is_opened_again(
+    viewer: Callable[..., TestClient], seen: list[httpx.Request]
+) -> None:
+    def closing(request: httpx.Request) -> httpx.Response:
+        if len(seen) == 1:
+            raise httpx.RemoteProtocolError("Server disconnected without sending a response.", request=request)
+        return fine(request)
+
+    assert viewer(closing).get("/proxy/dicom/studies").content == b"pixels"
+    seen.clear()
+    assert viewer(closing).post("/proxy/dicom/studies", content=b"x").status_code == 503  # it may have arrived

@@ -6,6 +6,7 @@ answers. Here a request is passed on as it came, with this server's credentials,
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import AsyncIterator
 from functools import cache
@@ -17,6 +18,8 @@ from monailabel.config import settings
 from starlette.background import BackgroundTask
 
 from lib.pacs_client import CONNECT_S, READ_S, credentials
+
+logger = logging.getLogger(__name__)
 
 RESOURCES = ("studies", "series", "instances")
 """First parts of the paths of DICOMweb; a PACS has other services under the same roof."""
@@ -42,15 +45,10 @@ async def pass_on(request: Request, path: str) -> Response:
         raise HTTPException(404, "This server shows a folder of images, no PACS: there is nothing behind /proxy/dicom.")
     target = f"{root}/{_path(path, request.method)}"
     address = f"{target}?{request.url.query}" if request.url.query else target
-    sent = _client().build_request(
-        request.method,
-        address,
-        headers={name: request.headers[name] for name in _SENT if name in request.headers},
-        content=request.stream() if request.method == "POST" else None,
-    )
     try:
-        answer = await _client().send(sent, stream=True)
+        answer = await _asked(request, address)
     except httpx.HTTPError as error:
+        logger.warning("the PACS did not answer a request of the viewer: %r", error)
         raise HTTPException(503, f"The PACS at {root} does not answer ({type(error).__name__}).") from error
     kind = answer.headers.get("content-type", "").partition(";")[0].strip()
     if kind in _METADATA:
@@ -60,6 +58,19 @@ async def pass_on(request: Request, path: str) -> Response:
     return StreamingResponse(
         _raw(answer), answer.status_code, headers=headers, background=BackgroundTask(answer.aclose)
     )
+
+
+async def _asked(request: Request, address: str) -> httpx.Response:
+    """Send the request; once more where the PACS was just closing the connection, idle until then."""
+    headers = {name: request.headers[name] for name in _SENT if name in request.headers}
+    if request.method == "POST":
+        sent = _client().build_request("POST", address, headers=headers, content=request.stream())
+        return await _client().send(sent, stream=True)
+    sent = _client().build_request("GET", address, headers=headers)
+    try:
+        return await _client().send(sent, stream=True)
+    except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
+        return await _client().send(sent, stream=True)
 
 
 def _path(path: str, method: str) -> str:
