@@ -202,6 +202,20 @@ class OhifBrowser:
         self.page.wait_for_timeout(SETTLE_MS)
         return self.text("result")
 
+    def show_planes(self) -> None:
+        """Show three planes through the volume, and wait until the segmentation is drawn in each."""
+        self.page.locator('[data-cy="Layout"]').click()
+        self.page.get_by_text("MPR", exact=True).first.click()
+        self.page.wait_for_function(
+            """() => {
+              const { viewportGridService, cornerstoneViewportService } = window.services;
+              const ids = [...viewportGridService.getState().viewports.keys()];
+              const actors = id => cornerstoneViewportService.getCornerstoneViewport(id)?.getActors?.() ?? [];
+              return ids.length === 3 && ids.every(id => actors(id).some(actor => actor.representationUID));
+            }"""
+        )
+        self.page.wait_for_timeout(SETTLE_MS)
+
     def choose_segment(self, name: str) -> None:
         """Make one segment the one that is drawn."""
         self.page.evaluate(

@@ -230,6 +230,23 @@ def test_changes_that_were_not_submitted_are_kept_when_the_study_is_left(clinic:
     browser.submit()
 
 
+def test_a_result_is_drawn_in_all_three_planes_and_that_is_no_change(clinic: Clinic) -> None:
+    maker = SeriesMaker("three-planes", seed=8)
+    folder, browser = clinic.store(maker), clinic.browser
+    browser.open_mode(maker.study_uid)
+    browser.segment("tiny")
+    browser.show_planes()
+    assert "tiny v1: not submitted" in browser.text("state")
+    shown, names = browser.labelmap()
+    np.testing.assert_array_equal(shown, clinic.predicted(folder))
+    browser.brush("spleen", 4, MIDDLE)
+    drawn, _ = browser.labelmap()
+    assert not np.array_equal(drawn, shown)
+    browser.submit()
+    stored, stored_names = clinic.stored(maker.uid, folder)
+    assert same_structures(stored, stored_names, drawn, names)
+
+
 def test_a_refusal_is_shown_in_the_servers_own_words(clinic: Clinic) -> None:
     maker = SeriesMaker("with-a-gap")
     folder = maker.write(clinic.folder / "series" / maker.name, lambda slices: [*slices[:8], *slices[11:]])

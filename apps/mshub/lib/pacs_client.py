@@ -7,7 +7,6 @@ While it is down, the next `QUIET_S` seconds of questions get the same sentence 
 from __future__ import annotations
 
 import logging
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -222,8 +221,7 @@ def download(
     uids: set[str] = set()
     for number, dataset in enumerate(client.files(study, series), 1):
         uids.add(str(dataset.SOPInstanceUID))
-        name = f"image {dataset.get('InstanceNumber') or '?'} ({number})"  # what messages call it
-        dataset.save_as(str(folder / f"{re.sub(r'[^0-9a-z ()?]', '_', name)}.dcm"), write_like_original=False)
+        dataset.save_as(str(_file_of(dataset, folder, number)), write_like_original=False)
         progress(number, expected)
     if len(uids) < expected:
         raise PacsError(
@@ -239,6 +237,13 @@ def _identity(item: Dataset) -> tuple[str, str]:
 def _dataset(item: dict[str, Any]) -> Dataset:
     """Return DICOM JSON as a data set; what it only gives the address of, such as pixels, is left out."""
     return Dataset.from_json(item, bulk_data_uri_handler=lambda *_: None)
+
+
+def _file_of(dataset: Dataset, folder: Path, number: int) -> Path:
+    """Return the file to write an instance to, by the number people know it by: messages name it."""
+    name = f"image {dataset.get('InstanceNumber')}"
+    path = folder / name
+    return path if name.removeprefix("image ").isdecimal() and not path.exists() else folder / f"file {number}"
 
 
 def _session() -> requests.Session:

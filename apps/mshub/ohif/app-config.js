@@ -46,7 +46,7 @@ window.config = {
         qidoRoot: '/proxy/dicom',
         wadoRoot: '/proxy/dicom',
         wadoUriRoot: '/proxy/dicom',
-        qidoSupportsIncludeField: false,
+        qidoSupportsIncludeField: true,
         imageRendering: 'wadors',
         thumbnailRendering: 'wadors',
         enableStudyLazyLoad: true,

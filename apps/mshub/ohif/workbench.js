@@ -4,12 +4,14 @@
  */
 
 import { ask } from './dialog.js';
-import { fingerprint, readLabel, seriesOf, showLabel } from './labelmaps.js';
+import { fingerprint, readLabel, seriesOf, showLabel, undrawn } from './labelmaps.js';
 import { activeSeries } from './series.js';
 import * as server from './server.js';
 
 const RUN_POLL_MS = 700;
 const TRAINING_POLL_MS = 1500;
+const REDRAW_MS = 500;
+const REDRAW_TRIES = 20;
 const TOAST_MS = 5000;
 const LONG_TOAST_MS = 20000;
 const NAME_KEY = 'mshub.reviewer';
@@ -52,15 +54,19 @@ export class Workbench extends EventTarget {
   /** A study was opened in the MSHub mode. */
   enter() {
     this.unsubscribe.splice(0).forEach(unsubscribe => unsubscribe());
-    const { segmentationService, viewportGridService } = this.services;
+    const { cornerstoneViewportService, segmentationService, viewportGridService } = this.services;
     const on = (service, name, act) => this.unsubscribe.push(service.subscribe(service.EVENTS[name], act).unsubscribe);
     on(viewportGridService, 'ACTIVE_VIEWPORT_ID_CHANGED', () => this.look());
     on(viewportGridService, 'GRID_STATE_CHANGED', () => this.look());
     on(viewportGridService, 'VIEWPORTS_READY', () => this.look());
     on(segmentationService, 'SEGMENTATION_DATA_MODIFIED', ({ segmentationId }) => this.touch(segmentationId));
-    on(segmentationService, 'SEGMENTATION_ADDED', () => this.changed());
+    on(segmentationService, 'SEGMENTATION_ADDED', ({ segmentationId }) => this.notice(segmentationId));
     on(segmentationService, 'SEGMENTATION_MODIFIED', () => this.changed());
-    on(segmentationService, 'SEGMENTATION_REPRESENTATION_MODIFIED', () => this.changed());
+    on(segmentationService, 'SEGMENTATION_REPRESENTATION_MODIFIED', () => {
+      this.redraw();
+      this.changed();
+    });
+    on(cornerstoneViewportService, 'VIEWPORT_VOLUMES_CHANGED', () => this.redraw());
     on(segmentationService, 'SEGMENTATION_REMOVED', ({ segmentationId }) => this.forget(segmentationId));
     this.submission = null;
     this.refresh();
@@ -70,19 +76,22 @@ export class Workbench extends EventTarget {
   leave() {
     this.run?.abort.abort();
     this.unsubscribe.splice(0).forEach(unsubscribe => unsubscribe());
-    for (const segmentation of this.touched()) {
-      const { label, segments } = readLabel(segmentation);
-      const record = this.records.get(segmentation.segmentationId);
-      const draft = { title: segmentation.label, label, segments, record, at: new Date() };
-      this.drafts.set(seriesOf(segmentation), draft);
-      this.tell(
-        'Your changes are kept',
-        `${segmentation.label} was not submitted. Open its study again to go on.`,
-        'warning'
-      );
-    }
+    this.touched().forEach(segmentation => this.keep(segmentation));
     this.records.clear();
     this.series = null;
+  }
+
+  /** Keep a segmentation that was changed and not submitted, until its series is opened again. */
+  keep(segmentation) {
+    try {
+      const { label, segments } = readLabel(segmentation);
+      const record = this.records.get(segmentation.segmentationId);
+      this.drafts.set(seriesOf(segmentation), { title: segmentation.label, label, segments, record, at: new Date() });
+      const message = `${segmentation.label} was not submitted. Open its study again to go on.`;
+      this.tell('Your changes are kept', message, 'warning');
+    } catch (error) {
+      this.fail(`${segmentation.label} could not be kept`, error);
+    }
   }
 
   /** See which series is looked at, and ask the server about it if it is another one. */
@@ -100,6 +109,18 @@ export class Workbench extends EventTarget {
       this.readLabels();
     }
     this.changed();
+  }
+
+  /** Draw segmentations in viewports that have just become volumes: OHIF 3.13.2 tries once, too early. */
+  redraw(tries = REDRAW_TRIES) {
+    clearTimeout(this.redrawTimer);
+    this.redrawTimer = setTimeout(() => {
+      const missing = undrawn(this.services);
+      missing.forEach(window.cornerstoneTools.utilities.segmentation.triggerSegmentationRenderBySegmentationId);
+      if (missing.length && tries > 0) {
+        this.redraw(tries - 1);
+      }
+    }, REDRAW_MS);
   }
 
   changed() {
@@ -226,10 +247,29 @@ export class Workbench extends EventTarget {
     return seriesOf(active) ? active : null;
   }
 
+  /** A segmentation appeared, whoever made it: remember what it holds. */
+  notice(segmentationId) {
+    this.records.set(segmentationId, { touched: false, print: this.printOf(segmentationId) });
+    this.changed();
+  }
+
+  /** A segmentation was said to be changed, which OHIF also says when it is merely drawn: see whether it was. */
   touch(segmentationId) {
     const record = this.records.get(segmentationId) ?? {};
-    this.records.set(segmentationId, { ...record, touched: true });
+    if (!record.touched && this.printOf(segmentationId) !== record.print) {
+      this.records.set(segmentationId, { ...record, touched: true });
+    }
     this.changed();
+  }
+
+  /** The fingerprint of a segmentation; null where it cannot be read as one label. */
+  printOf(segmentationId) {
+    try {
+      return fingerprint(readLabel(this.services.segmentationService.getSegmentation(segmentationId)).voxels);
+    } catch (error) {
+      console.warn('a segmentation cannot be read', error);
+      return null;
+    }
   }
 
   forget(segmentationId) {

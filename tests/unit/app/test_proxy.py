@@ -60,11 +60,11 @@ def test_a_search_arrives_with_its_query_and_our_credentials(
     viewer: Callable[..., TestClient], seen: list[httpx.Request], service: str
 ) -> None:
     headers = {"Accept": "application/dicom+json", "Cookie": "session=1", "Authorization": "Basic stolen"}
-    address = f"/proxy/dicom/{service}studies?PatientName=a%2Ab&limit=10&includefield=00081030"
+    address = f"/proxy/dicom/{service}studies?PatientName=a%2Cb&limit=10&includefield=00081030%2C00080060"
     answer = viewer(fine).get(address, headers=headers)
     assert (answer.status_code, answer.content) == (200, b"pixels")
     (request,) = seen
-    assert str(request.url) == f"{ROOT}/studies?PatientName=a%2Ab&limit=10&includefield=00081030"
+    assert str(request.url) == f"{ROOT}/studies?PatientName=a%2Cb&limit=10&includefield=00081030,00080060"
     assert request.headers["accept"] == "application/dicom+json"
     assert request.headers["authorization"] == httpx.BasicAuth("mshub", "secret")._auth_header
     assert "cookie" not in request.headers

@@ -44,7 +44,7 @@ async def pass_on(request: Request, path: str) -> Response:
     if "://" not in root:
         raise HTTPException(404, "This server shows a folder of images, no PACS: there is nothing behind /proxy/dicom.")
     target = f"{root}/{_path(path, request.method)}"
-    address = f"{target}?{request.url.query}" if request.url.query else target
+    address = f"{target}?{_query(request.url.query)}" if request.url.query else target
     try:
         answer = await _asked(request, address)
     except httpx.HTTPError as error:
@@ -71,6 +71,11 @@ async def _asked(request: Request, address: str) -> httpx.Response:
         return await _client().send(sent, stream=True)
     except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
         return await _client().send(sent, stream=True)
+
+
+def _query(query: str) -> str:
+    """Return the query with plain commas in lists of fields: Orthanc overlooks those that OHIF has escaped."""
+    return re.sub(r"includefield=[^&]*", lambda match: match[0].replace("%2C", ","), query)
 
 
 def _path(path: str, method: str) -> str:
