@@ -32,7 +32,7 @@ def orthanc() -> Iterator[Callable[..., Orthanc]]:
     try:
         find_orthanc()
     except OrthancMissing as error:
-        if os.environ.get("MSHUB_E2E") == "required":
+        if os.environ.get("E2E_TOOLS") == "required":
             raise
         pytest.skip(f"no PACS to test with: {error}")
     yield start

@@ -30,7 +30,7 @@ from ohif_browser import CHROMIUM, OhifBrowser
 from orthanc import Orthanc
 
 SHOTS = Path(os.environ["E2E_SCREENSHOTS"]) if os.environ.get("E2E_SCREENSHOTS") else None
-REQUIRED = os.environ.get("MSHUB_E2E") == "required"
+REQUIRED = os.environ.get("E2E_TOOLS") == "required"
 ORIENTATIONS = {**AXES, "oblique": oblique(), "oblique, other way": oblique(-25, 160, -70)}
 MIDDLE, LEFT = (0.5, 0.5), (0.42, 0.5)
 SHORT_TRAINING = {"epochs": 3, "iterations": 3, "device": "cpu"}

@@ -1,7 +1,8 @@
 """What this server asks a PACS over DICOMweb: which series there are, their files, and to keep a new object.
 
 Every question has a time limit, and none is asked again by itself: a PACS that is down is a sentence within seconds.
-While it is down, the next `QUIET_S` seconds of questions get the same sentence at once; then it is tried again.
+While it is down, the questions of the next `QUIET_S` seconds (or of as many as the failure took to show) get the same
+sentence at once; then it is tried again.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ from mshub.errors import MSHubError
 logger = logging.getLogger(__name__)
 
 CONNECT_S, READ_S = 3.0, 30.0
+"""How long a connection may take to open, and how long it may be silent while pixels come."""
+ANSWER_S = 10.0
+"""How long a PACS may think about a question that is not for pixels."""
 QUIET_S = 2.0
 PAGE = 500
 AS_STORED = (("application/dicom", "*"),)
@@ -94,7 +98,7 @@ class PacsClient:
                 page = self._client.search_for_series(
                     study_instance_uid=study, search_filters=search, fields=FIELDS, limit=PAGE, offset=len(found)
                 )
-            listed = {_identity(item): item for item in map(_dataset, page)}
+                listed = {_identity(item): item for item in map(_dataset, page)}
             new = {identity: item for identity, item in listed.items() if all(identity) and identity not in found}
             found |= new
             if len(page) < PAGE or not new:  # a PACS that pays no heed to offset sends the same page again
@@ -142,8 +146,9 @@ class PacsClient:
 
     @contextmanager
     def _asking(self, what: str) -> Iterator[None]:
+        started = time.monotonic()
         with self._lock:
-            if time.monotonic() < self._quiet_until:
+            if started < self._quiet_until:
                 raise PacsUnreachable(self._problem)
         try:
             yield
@@ -153,12 +158,13 @@ class PacsClient:
                 "start it, or correct the address; it is tried again by itself."
             )
             with self._lock:
-                self._quiet_until = time.monotonic() + QUIET_S
+                now = time.monotonic()
+                self._quiet_until = now + max(QUIET_S, now - started)
             raise PacsUnreachable(self._problem) from error
         except requests.HTTPError as error:
             self._problem = ""
             raise PacsError(self._refusal(what, error)) from error
-        except (ValueError, KeyError, InvalidDicomError, requests.RequestException) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, InvalidDicomError, requests.RequestException) as error:
             raise PacsError(
                 f"The PACS at {self.url} was asked to {what} and sent no DICOMweb answer ({error}). How to fix: "
                 "check that the address ends with the root of its DICOMweb service."
@@ -187,7 +193,8 @@ class _TimeLimits(HTTPAdapter):
     """
 
     def send(self, request: Any, **options: Any) -> requests.Response:  # type: ignore[override]
-        options["timeout"] = options.get("timeout") or (CONNECT_S, READ_S)
+        told = "json" in (request.headers.get("Accept") or "")
+        options["timeout"] = options.get("timeout") or (CONNECT_S, ANSWER_S if told else READ_S)
         try:
             return super().send(request, **options)
         except requests.ConnectionError as error:
