@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from dicomweb_client import DICOMwebClient
 
 from dicom_series_factory import AXES, SeriesMaker, oblique
 from factories import make_model_folder
+from hospital import voxels
 from lib.server.viewer import OHIF_VERSION, viewer_folder
 from live import LiveServer
 from mshub.dicom_seg import read_seg
@@ -26,7 +28,7 @@ from mshub.nnunet.folder import ModelFolder
 from mshub.nnunet.network_cache import NetworkCache
 from mshub.nnunet.predictor import NNUNetPredictor
 from mshub.store import ModelStore, default_home
-from ohif_browser import CHROMIUM, OhifBrowser
+from ohif_browser import CHROMIUM, LONG_MS, OhifBrowser
 from orthanc import Orthanc
 
 SHOTS = Path(os.environ["E2E_SCREENSHOTS"]) if os.environ.get("E2E_SCREENSHOTS") else None
@@ -263,14 +265,62 @@ def test_a_refusal_is_shown_in_the_servers_own_words(clinic: Clinic) -> None:
     browser.problems.clear()
 
 
-def test_the_stock_panel_of_monai_labels_own_build_still_works(clinic: Clinic) -> None:
-    maker = SeriesMaker("stock")
+# OHIF's own "Export, DICOM SEG" without its dialog for a description.
+STORE_AS_OHIF = """async () => {
+  const { segmentationService, viewportGridService } = window.services;
+  const active = segmentationService.getActiveSegmentation(viewportGridService.getActiveViewportId());
+  const { segmentationId } = active;
+  const { dataset } = await window.commandsManager.run('generateSegmentation', { segmentationId });
+  const [pacs] = window.extensionManager.getActiveDataSource();
+  await pacs.store.dicom(dataset);
+}"""
+
+
+def test_a_seg_that_ohif_itself_stores_in_the_pacs_is_a_correction(clinic: Clinic) -> None:
+    maker = SeriesMaker("stored by ohif", study="STORED-BY-OHIF", axes=oblique(), seed=8)
     clinic.store(maker)
     browser = clinic.browser
+    browser.open_mode(maker.study_uid)
+    browser.segment("tiny")
+    browser.brush("spleen", 5)
+    drawn, names = browser.labelmap()
+    browser.page.evaluate(STORE_AS_OHIF)
+    tags = httpx.get(f"{clinic.server.url}/mshub/labels/{maker.uid}", timeout=60).json()["tags"]
+    assert tags["final"]["pacs"]["message"] == "found in the PACS"
+    kept = httpx.get(f"{clinic.server.url}/mshub/export/{maker.uid}", timeout=60)
+    assert json.loads(kept.headers["X-MSHub-Segments"]) == names
+    np.testing.assert_array_equal(voxels(kept.content, maker.shape), drawn)
+
+
+# Voxels per label of the stock panel's labelmap.
+STOCK_COUNTS = """() => {
+  const counts = {};
+  const { voxelManager } = window.services.segmentationService.getLabelmapVolume('1');
+  for (const value of voxelManager.getCompleteScalarDataArray()) {
+    counts[value] = (counts[value] ?? 0) + 1;
+  }
+  return counts;
+}"""
+
+
+def test_the_stock_panel_of_monai_labels_own_build_still_works(clinic: Clinic) -> None:
+    maker = SeriesMaker("stock", seed=9)
+    folder = clinic.store(maker)
+    browser, page = clinic.browser, clinic.browser.page
     address = quote(clinic.server.url, safe="")
-    browser.page.context.add_cookies([{"name": "MONAILABEL_SERVER_URL", "value": address, "url": clinic.server.url}])
-    browser.page.goto(f"{clinic.server.url}/ohif/monai-label?StudyInstanceUIDs={maker.study_uid}")
-    browser.page.get_by_text("MONAI Label", exact=False).first.wait_for()
+    page.context.add_cookies([{"name": "MONAILABEL_SERVER_URL", "value": address, "url": clinic.server.url}])
+    page.goto(f"{clinic.server.url}/ohif/monai-label?StudyInstanceUIDs={maker.study_uid}")
+    page.get_by_text("Confirm and Hide").click()
+    page.locator("input[value^='http://127']").locator("xpath=following::button[1]").click()
+    page.get_by_text("Auto-Segmentation").first.click()
+    page.locator("select:has(option[value='tiny'])").first.select_option("tiny")
+    with page.expect_response(lambda answer: "/infer/" in answer.url, timeout=LONG_MS) as answered:
+        page.get_by_role("button", name="Run").first.click()
+    assert answered.value.status == 200
+    page.wait_for_function("() => window.services.segmentationService.getLabelmapVolume('1')")
+    page.wait_for_timeout(3000)
     browser.screenshot("12-stock-panel")
+    expected = np.unique(clinic.predicted(folder), return_counts=True)[1]
+    assert sorted(page.evaluate(STOCK_COUNTS).values()) == sorted(expected.tolist())
     browser.problems.clear()
     browser.foreign.clear()  # that build asks for fonts elsewhere
