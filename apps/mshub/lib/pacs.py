@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pydicom
+from cachetools import LRUCache
 from fastapi import HTTPException
 from filelock import FileLock
 from monailabel.datastore.local import DataModel, ImageLabelModel
@@ -51,6 +52,11 @@ _UID = re.compile(r"[0-9]+(\.[0-9]+)*")
 MAX_UID_LENGTH = 64
 LISTED_S, SEEN_S, RETRY_S = 1.0, 2.0, 10.0
 """How long the list of series, and of SEGs, is taken for new; how often labels that wait for the PACS are tried."""
+SHARE_OF_ASKING = 0.1
+"""A PACS that takes long to list its series is asked less often: for at most this share of the time."""
+WAIT_FOR_LABELS_S = 5.0
+"""How long a request waits for the corrections of others to be taken in; a first time can take minutes."""
+KEPT_HEADERS = 512
 FINAL = str(DefaultLabelTag.FINAL.value)
 FACTS = (
     *("StudyInstanceUID", "SeriesInstanceUID", "PatientID", "Modality", "StudyDate", "StudyTime", "StudyDescription"),
@@ -94,9 +100,10 @@ class PacsStudies(StudiesFolder):
         self._labels = PacsLabels(Path(folder) / "segs.json", client)
         self._listing, self._taking, self._storing = threading.Lock(), threading.Lock(), threading.Lock()
         self._listed: dict[str, dict[str, str]] = {}
-        self._listed_at = self._looked_at = self._tried_at = float("-inf")
+        self._listed_until = self._listed_at = self._look_again_at = self._tried_at = float("-inf")
+        self._looking, self._look = threading.Lock(), threading.Thread()
         self._ambiguous: set[str] = set()
-        self._headers: dict[str, Dataset] = {}
+        self._headers: MutableMapping[str, Dataset] = LRUCache(KEPT_HEADERS)
         super().__init__(folder, structures, refused, auto_reload=auto_reload, read_only=read_only)
 
     def name(self) -> str:
@@ -198,13 +205,12 @@ class PacsStudies(StudiesFolder):
         with as_http_errors():
             listed = self._client.series(StudyInstanceUID=study)
             images = [str(item.SeriesInstanceUID) for item in listed if item.get("Modality") in self._modalities]
-            for uid in images:
-                if uid not in self._headers:
-                    self._headers[uid] = self._client.any_instance(study, uid)
+            headers = {uid: self._headers.get(uid) or self._client.any_instance(study, uid) for uid in images}
             counts = {str(item.SeriesInstanceUID): item.get("NumberOfSeriesRelatedInstances") for item in listed}
-        for uid in images:
-            self._headers[uid].NumberOfSeriesRelatedInstances = counts[uid]
-        return {uid: self._headers[uid] for uid in images}
+        for uid, header in headers.items():
+            header.NumberOfSeriesRelatedInstances = counts[uid]
+        self._headers.update(headers)
+        return headers
 
     def stack(self, image_id: str) -> SeriesStack:
         """Return where the slices of a series lie."""
@@ -258,8 +264,9 @@ class PacsStudies(StudiesFolder):
             kept = self._refused.keep(Path(label_filename), image_id, label_tag, label_info, str(error.detail))
             detail = f"{error.detail} The submitted file is kept on the server as {kept}."
             raise HTTPException(error.status_code, detail) from error
+        waits = {"stored": False, "waits": True, "message": "On its way to the PACS."} if label_tag == FINAL else {}
         with self._on_grid(image_id, Path(label_filename)) as path:
-            stored = super().save_label(image_id, str(path), label_tag, label_info)
+            stored = super().save_label(image_id, str(path), label_tag, {**label_info, "pacs": waits})
         if label_tag == FINAL:
             self._send(image_id)
         return stored
@@ -323,7 +330,7 @@ class PacsStudies(StudiesFolder):
 
     def take_in(self, image_id: str) -> list[dict[str, str]]:
         """Look for corrections of one study that others stored in the PACS, now; return what was left out, and why."""
-        self._take_in(self._facts(image_id)["StudyInstanceUID"])
+        self._look_for_labels(self._facts(image_id)["StudyInstanceUID"])
         return self._labels.left_out(image_id)
 
     # -- private ------------------------------------------------------------------------------------------------
@@ -334,8 +341,9 @@ class PacsStudies(StudiesFolder):
         Somebody who asks for a series that was not there a moment ago has the PACS asked again.
         """
         with self._listing:
+            started = time.monotonic()
             new = bool(asked_for) and asked_for not in self._listed
-            if new or time.monotonic() - self._listed_at > LISTED_S:
+            if new or started > self._listed_until:
                 found = [item for kind in self._modalities for item in self._client.series(Modality=kind)]
                 studies = Counter(str(item.SeriesInstanceUID) for item in found)
                 self._ambiguous = {uid for uid, count in studies.items() if count > 1}
@@ -346,6 +354,7 @@ class PacsStudies(StudiesFolder):
                 }
                 self._register(self._listed)
                 self._listed_at = time.monotonic()
+                self._listed_until = self._listed_at + _pause(self._listed_at - started, LISTED_S)
             listed = self._listed
         self._send_waiting()
         return listed
@@ -421,6 +430,8 @@ class PacsStudies(StudiesFolder):
         """Store the final label in the PACS, and note in its info what came of it."""
         with self._storing:
             info = self.get_label_info(image_id, FINAL)
+            if info["pacs"]["stored"]:  # by another request, meanwhile
+                return
             try:
                 note = self._stored_seg(image_id, info)
             except PacsError as error:
@@ -441,8 +452,8 @@ class PacsStudies(StudiesFolder):
             labels = stack.to_slices(correction.labels.array_xyz)
             facts = label_facts(info, FINAL, self.overrides())
             written = write_seg(path, labels, correction.values, stack, facts)
+            self._labels.note(written.series_uid, written.sop_uid, OURS, image_id)  # before anybody can find it there
             self._client.store(pydicom.dcmread(path))
-        self._labels.note(written.series_uid, written.sop_uid, OURS, image_id)
         return {
             "stored": True,
             "message": "",
@@ -465,17 +476,30 @@ class PacsStudies(StudiesFolder):
 
     # -- labels that come from the PACS ---------------------------------------------------------------------------
 
-    def _take_in(self, study: str | None = None) -> None:
-        """Make labels of the SEGs others stored in the PACS; a PACS that is down has none to give."""
-        with self._taking:
-            if study is None and time.monotonic() - self._looked_at < SEEN_S:
-                return
-            try:
-                for finding in self._labels.find(self._series(), self.structures(), study):
-                    self._take(finding)
-            except PacsError as error:
-                self._warn_once(f"corrections stored in the PACS cannot be looked for: {error}")
-            self._looked_at = time.monotonic()
+    def _take_in(self) -> None:
+        """Make labels of the SEGs others stored in the PACS; a request waits for it, but not for minutes."""
+        with self._looking:
+            if not self._look.is_alive():
+                if time.monotonic() < self._look_again_at:
+                    return
+                self._look = threading.Thread(target=self._look_for_labels, daemon=True)
+                self._look.start()
+            look = self._look
+        look.join(WAIT_FOR_LABELS_S)
+
+    def _look_for_labels(self, study: str | None = None) -> None:
+        """Take in what is new, of one study or of all; a PACS that is down has nothing to give."""
+        started = time.monotonic()
+        try:
+            for finding in self._labels.find(self._series(), self.structures(), study):
+                with self._taking:
+                    if not self._labels.knows(finding):
+                        self._take(finding)
+        except PacsError as error:
+            self._warn_once(f"corrections stored in the PACS cannot be looked for: {error}")
+        if study is None:
+            now = time.monotonic()
+            self._look_again_at = now + _pause(now - started, SEEN_S)
 
     def _take(self, finding: Finding) -> None:
         """Make a label of one SEG: the final one if it is the newest, or else one of the versions."""
@@ -533,6 +557,11 @@ class PacsStudies(StudiesFolder):
     def _refuse(self, finding: Finding, reason: str) -> None:
         self._labels.note(finding.series, finding.instance, REFUSED, finding.image, reason)
         logger.warning("the SEG %s in the PACS is left out: %s", finding.instance, reason)
+
+
+def _pause(took_s: float, least_s: float) -> float:
+    """Return how long not to ask again after an answer that took so long."""
+    return max(least_s, took_s / SHARE_OF_ASKING if took_s > LISTED_S else least_s)
 
 
 def _is_uid(text: str) -> bool:

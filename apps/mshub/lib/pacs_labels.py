@@ -90,6 +90,11 @@ class PacsLabels:
             instances[instance] = {"outcome": outcome, "image": image, "reason": reason}
             replace_json(self._path, self._known)
 
+    def knows(self, finding: Finding) -> bool:
+        """Return whether it is known what became of a SEG."""
+        with self._lock:
+            return finding.instance in self._known.get(finding.series, {"instances": {}})["instances"]
+
     def left_out(self, image: str) -> list[dict[str, str]]:
         """Return the SEGs of an image that are no label here, each with the reason."""
         with self._lock:

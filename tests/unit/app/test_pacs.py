@@ -337,3 +337,33 @@ def test_a_series_of_two_patients_is_nobodys(open_pacs: Any) -> None:
     with pytest.raises(HTTPException, match="several studies") as caught:
         pacs.get_image_uri(MAKER.uid)
     assert caught.value.status_code == 409
+
+
+def test_a_server_that_ended_before_the_label_was_sent_sends_it_when_it_is_back(
+    open_pacs: Any, label: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = FakePacs(MAKER.slices())
+    pacs = open_pacs(remote)
+    monkeypatch.setattr(pacs, "_send", lambda image: None)
+    claimed = {**LABEL_INFO, "pacs": {"stored": True}}  # nobody's word is taken for it
+    pacs.save_label(MAKER.uid, str(label), "final", claimed)
+    assert not [item for item in remote.objects if item.Modality == "SEG"]
+    again = open_pacs(remote)
+    again.list_images()
+    assert again.get_label_info(MAKER.uid, "final")["pacs"]["stored"]
+    assert len([item for item in remote.objects if item.Modality == "SEG"]) == 1
+
+
+def test_a_request_does_not_wait_for_all_corrections_a_pacs_ever_had(
+    open_pacs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pacs_module, "WAIT_FOR_LABELS_S", 0.05)
+    pacs = open_pacs(FakePacs(MAKER.slices(), [seg(tmp_path)]))
+    go_on = threading.Event()
+    take = pacs._take
+    monkeypatch.setattr(pacs, "_take", lambda finding: (go_on.wait(10), take(finding)))
+    assert pacs.status()["completed"] == 0
+    go_on.set()
+    pacs._look.join(10)
+    assert pacs.status()["completed"] == 1
+    assert set(pacs.get_labels_by_image_id(MAKER.uid)) == {"final"}
