@@ -20,8 +20,10 @@ from live import LiveServer
 from mshub.dicom_derived import Algorithm, Facts
 from mshub.dicom_seg import read_seg, write_seg
 from mshub.dicom_series import read_stack
+from mshub.geometry import same_grid
 from mshub.install import add_model
 from mshub.store import ModelStore
+from mshub.volume_io import read_volume
 from orthanc import Orthanc, free_port
 
 
@@ -186,6 +188,32 @@ def test_rtstruct_and_seg_on_request(hospital: Hospital) -> None:
         dataset = pydicom.dcmread(path)
         assert dataset.Modality == kind
         assert dataset.StudyInstanceUID == maker.study_uid
+
+
+def test_slicers_client_goes_the_same_way(hospital: Hospital, tmp_path: Path) -> None:
+    maker = SeriesMaker("0 first of the list", axes=oblique(), tilt=(0.0, 0.9))
+    folder = hospital.store(maker)
+    client = hospital.server.client(tmp_path)
+    sample = client.next_sample("random", {"model": "tiny"})
+    assert sample["id"]
+    assert sample["why"].startswith("drawn at random")
+    assert maker.uid in client.datastore()["objects"]
+    image = tmp_path / "image.nii"
+    image.write_bytes(hospital.get("/datastore/image", image=maker.uid).content)
+    label, params = client.infer("tiny", maker.uid, {"result_extension": ".nrrd", "result_dtype": "uint8"})
+    assert params["series_used"]["CT"]["SeriesInstanceUID"] == maker.uid
+    shown, answered = read_volume(image), read_volume(Path(label), allow_constant=True)
+    assert same_grid(answered.grid, shown.grid)  # the straightened image it shows, not the slices
+    np.testing.assert_array_equal(answered.array_xyz, predicted(hospital, folder))
+    info = [{"name": name, "idx": value} for name, value in NAMES.items()]
+    reply = client.save_label(maker.uid, label, "final", {"label_info": info})
+    assert reply["pacs"]["stored"], reply
+    (seg,) = hospital.segs(maker)
+    stack = read_stack(folder)
+    stored = read_seg(seg, stack)
+    for name, value in NAMES.items():
+        expected = stack.to_slices(answered.array_xyz) == value
+        np.testing.assert_array_equal(stored.array_xyz == stored.names[name], expected)
 
 
 # -- several series of a study -------------------------------------------------------------------------------------
