@@ -21,7 +21,8 @@ from factories import make_model_folder
 from hospital import voxels
 from lib.server.viewer import OHIF_VERSION, viewer_folder
 from live import LiveServer
-from mshub.dicom_seg import read_seg
+from mshub.dicom_derived import Algorithm, Facts
+from mshub.dicom_seg import read_seg, write_seg
 from mshub.dicom_series import read_stack
 from mshub.install import add_model
 from mshub.nnunet.folder import ModelFolder
@@ -188,7 +189,10 @@ def test_the_day_from_the_study_list_to_a_new_version(clinic: Clinic) -> None:
     browser.control("verdict").filter(has_text=newest).wait_for()
     browser.control("verdict").click()
     browser.screenshot("09-new-version")
-    assert httpx.get(clinic.server.url + browser.control(f"report-{newest}").first.get_attribute("href")).is_success
+    for link in (f"report-{newest}", "trained-report"):
+        report = httpx.get(clinic.server.url + browser.control(link).first.get_attribute("href"))
+        assert newest in report.text
+        assert report.headers["content-type"].startswith("text/html")
 
 
 def test_two_sequences_of_an_oblique_mr_are_found_and_segmented(clinic: Clinic, shared_data: Path) -> None:
@@ -290,6 +294,23 @@ def test_a_seg_that_ohif_itself_stores_in_the_pacs_is_a_correction(clinic: Clini
     kept = httpx.get(f"{clinic.server.url}/mshub/export/{maker.uid}", timeout=60)
     assert json.loads(kept.headers["X-MSHub-Segments"]) == names
     np.testing.assert_array_equal(voxels(kept.content, maker.shape), drawn)
+
+
+def test_a_seg_in_the_pacs_that_is_no_label_is_named_with_the_reason(clinic: Clinic) -> None:
+    maker = SeriesMaker("outlined by a program", study="PROGRAM", seed=10)
+    stack = read_stack(clinic.store(maker))
+    label = np.zeros(maker.shape, np.uint8)
+    label[4:8, 4:8, 3:7] = 1
+    path = clinic.folder / "program.dcm"
+    write_seg(path, label, {"liver": 1}, stack, Facts(Algorithm("other", "v1"), "by a program"))
+    clinic.pacs.upload([path])
+    browser = clinic.browser
+    browser.open_mode(maker.study_uid, maker.uid)
+    left_out = browser.control("left-out")
+    left_out.wait_for()
+    left_out.locator("summary").click()
+    browser.screenshot("13-left-out")
+    assert "made by a program, confirmed by nobody" in left_out.inner_text()
 
 
 # Voxels per label of the stock panel's labelmap.

@@ -124,6 +124,22 @@ const labels = [
     ),
 ];
 
+const leftOut = [
+  bench => bench.leftOut,
+  shown =>
+    shown.length > 0 &&
+    element(
+      'details',
+      { class: 'mshub-labels', 'data-cy': 'mshub-left-out' },
+      element('summary', {}, `${shown.length} DICOM SEG of this series in the PACS not taken as a label`),
+      element(
+        'ul',
+        { class: 'mshub-note' },
+        shown.map(({ reason }) => element('li', {}, reason))
+      )
+    ),
+];
+
 const next = [
   bench => ({
     strategies: Object.entries(bench.information?.strategies ?? {}).map(([name, { description }]) => ({
@@ -220,12 +236,12 @@ function lastTraining({ status, message, version, outcome, report }) {
     'p',
     { class: `mshub-note${status === 'ERROR' ? ' mshub-warning' : ''}`, 'data-cy': 'mshub-trained' },
     `${verdict}${message ?? ''} `,
-    report ? link('trained-report', 'Report', report) : null
+    report ? link('trained-report', 'Report', `/mshub/${report}`) : null
   );
 }
 
 export class OutcomePanel extends Panel {
-  static sections = [submission, labels, training];
+  static sections = [submission, labels, leftOut, training];
 }
 
 export class ReviewPanel extends Panel {

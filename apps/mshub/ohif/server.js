@@ -52,7 +52,8 @@ const segment = encodeURIComponent;
 export const information = () => json('/info/');
 export const running = async () => (await json('/mshub/status')).running ?? [];
 export const channels = (model, image) => json(at(`/mshub/channels/${segment(model)}`, { image }));
-export const labels = async image => (await json(`/mshub/labels/${segment(image)}`)).tags ?? {};
+/** The labels of a series by tag, and the SEGs of the PACS that are none, each with the reason. */
+export const labels = image => json(`/mshub/labels/${segment(image)}`);
 export const nextCase = (strategy, content) => json(`/activelearning/${segment(strategy)}`, posted(content));
 export const startTraining = (model, content) => json(`/train/${segment(model)}`, posted(content));
 export const stopTraining = () => json('/train/', { method: 'DELETE' });

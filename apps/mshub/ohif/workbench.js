@@ -32,6 +32,7 @@ export class Workbench extends EventTarget {
     this.submitting = false;
     this.submission = null; // what the server said of the last submitted label
     this.tags = {}; // labels the server has of this series
+    this.leftOut = []; // SEGs of this series in the PACS that are no label here, and why
     this.strategy = null;
     this.suggestion = null; // the case the server named, and why
     this.findingNext = false;
@@ -103,7 +104,7 @@ export class Workbench extends EventTarget {
     const isOther = series?.uid !== this.series?.uid;
     this.series = series;
     if (isOther) {
-      Object.assign(this, { overrides: {}, submission: null, tags: {}, lastRun: null });
+      Object.assign(this, { overrides: {}, submission: null, tags: {}, leftOut: [], lastRun: null });
       this.chooseFitting();
       this.readChannels();
       this.readLabels();
@@ -228,9 +229,9 @@ export class Workbench extends EventTarget {
       return;
     }
     try {
-      const tags = await server.labels(series.uid);
+      const { tags = {}, left_out: leftOut = [] } = await server.labels(series.uid);
       if (series.uid === this.series?.uid) {
-        this.tags = tags;
+        Object.assign(this, { tags, leftOut });
       }
     } catch (error) {
       console.warn('labels of the series are not known', error);
