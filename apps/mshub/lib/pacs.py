@@ -148,6 +148,18 @@ class PacsStudies(StudiesFolder):
             "label_tags": {tag: tags.count(tag) for tag in sorted(set(tags))},
         }
 
+    def json(self) -> dict[str, Any]:
+        """Return the index, after the PACS was asked for its series; while it is down, as it was."""
+        self._take_in()
+        self._listed_until = float("-inf")  # who asks for all wants what has just arrived
+        try:
+            listed = self._series()
+        except PacsError:
+            listed = {}
+        index: dict[str, Any] = super().json()
+        objects = {image: item for image, item in index["objects"].items() if not listed or image in listed}
+        return {**index, "objects": objects}
+
     def pacs(self) -> dict[str, Any]:
         """Return the PACS' address, whether it answers, and if not, why."""
         try:

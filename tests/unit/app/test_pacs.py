@@ -367,3 +367,14 @@ def test_a_request_does_not_wait_for_all_corrections_a_pacs_ever_had(
     pacs._look.join(10)
     assert pacs.status()["completed"] == 1
     assert set(pacs.get_labels_by_image_id(MAKER.uid)) == {"final"}
+
+
+def test_the_index_names_what_has_just_arrived_and_nothing_that_is_gone(open_pacs: Any) -> None:
+    remote = FakePacs(MAKER.slices())
+    pacs = open_pacs(remote)
+    assert set(pacs.json()["objects"]) == {MAKER.uid}
+    other = SeriesMaker("just arrived")
+    remote.objects = other.slices()
+    assert set(pacs.json()["objects"]) == {other.uid}
+    remote.down = True
+    assert set(pacs.json()["objects"]) == {MAKER.uid, other.uid}
