@@ -52,8 +52,8 @@ _UID = re.compile(r"[0-9]+(\.[0-9]+)*")
 MAX_UID_LENGTH = 64
 LISTED_S, SEEN_S, RETRY_S = 1.0, 2.0, 10.0
 """How long the list of series, and of SEGs, is taken for new; how often labels that wait for the PACS are tried."""
-SHARE_OF_ASKING = 0.1
-"""A PACS that takes long to list its series is asked less often: for at most this share of the time."""
+SLOW_S, SHARE_OF_ASKING = 0.5, 0.1
+"""A PACS that takes longer to list its series is asked less often: for at most this share of the time."""
 WAIT_FOR_LABELS_S = 5.0
 """How long a request waits for the corrections of others to be taken in; a first time can take minutes."""
 KEPT_HEADERS = 512
@@ -573,7 +573,7 @@ class PacsStudies(StudiesFolder):
 
 def _pause(took_s: float, least_s: float) -> float:
     """Return how long not to ask again after an answer that took so long."""
-    return max(least_s, took_s / SHARE_OF_ASKING if took_s > LISTED_S else least_s)
+    return max(least_s, took_s / SHARE_OF_ASKING) if took_s > SLOW_S else least_s
 
 
 def _is_uid(text: str) -> bool:
