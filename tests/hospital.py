@@ -68,8 +68,8 @@ def voxels(nrrd: bytes, shape: tuple[int, int, int]) -> np.ndarray:
     return np.frombuffer(nrrd[nrrd.index(b"\n\n") + 2 :], np.uint8).reshape(shape, order="F")
 
 
-def predicted(hospital: Hospital, folder: Path, model: str = "tiny") -> np.ndarray:
-    """Return what the library itself says of the files of a series, [x, y, z]."""
+def predicted(hospital: Hospital, *folders: Path, model: str = "tiny") -> np.ndarray:
+    """Return what the library itself says of the files of series, one per channel, [x, y, z]."""
     version = ModelStore(hospital.home).current(model)
     predictor = NNUNetPredictor(ModelFolder.open(version.model_path), NetworkCache(2**30))
-    return predictor.predict([folder]).labels.array_xyz
+    return predictor.predict(list(folders)).labels.array_xyz

@@ -291,9 +291,7 @@ def predict(
         from mshub.dicom_derived import Algorithm, Facts
         from mshub.label_export import export_labels
 
-        algorithm = Algorithm(model_id, version.version)
-        title = f"MSHub {model_id} {version.version}, automatic"
-        facts = Facts(algorithm, title, overrides=version.card.structures)
+        facts = Facts.of_model(Algorithm(model_id, version.version), overrides=version.card.structures)
         export_labels(target, format, labels.array_xyz, prediction.names, stack, facts)
     _report_prediction(prediction, target)
 

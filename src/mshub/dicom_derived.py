@@ -90,6 +90,17 @@ class Facts:
     creator: str = ""
     overrides: Mapping[str, StructureOverride] = field(default_factory=dict)
 
+    @classmethod
+    def of_model(
+        cls,
+        algorithm: Algorithm,
+        creator: str = "",
+        overrides: Mapping[str, StructureOverride] | None = None,
+    ) -> Facts:
+        """Return the facts of a label that a model made, and that a person has edited since or not."""
+        state = "corrected" if algorithm.edited else "automatic"
+        return cls(algorithm, f"MSHub {algorithm.name} {algorithm.version}, {state}", creator, overrides or {})
+
     @property
     def generation(self) -> str:
         """How the structures came about: AUTOMATIC, SEMIAUTOMATIC or MANUAL."""

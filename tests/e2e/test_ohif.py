@@ -18,16 +18,13 @@ from dicomweb_client import DICOMwebClient
 
 from dicom_series_factory import AXES, SeriesMaker, oblique
 from factories import make_model_folder
-from hospital import voxels
+from hospital import Hospital, predicted, voxels
 from lib.server.viewer import OHIF_VERSION, viewer_folder
 from live import LiveServer
 from mshub.dicom_derived import Algorithm, Facts
 from mshub.dicom_seg import read_seg, write_seg
 from mshub.dicom_series import read_stack
 from mshub.install import add_model
-from mshub.nnunet.folder import ModelFolder
-from mshub.nnunet.network_cache import NetworkCache
-from mshub.nnunet.predictor import NNUNetPredictor
 from mshub.store import ModelStore, default_home
 from ohif_browser import CHROMIUM, LONG_MS, OhifBrowser
 from orthanc import Orthanc
@@ -41,26 +38,14 @@ WARD = 6  # cases that are reviewed before the day begins
 
 
 @dataclass
-class Clinic:
-    """A PACS, a server on it, and a browser."""
+class Clinic(Hospital):
+    """A hospital with a browser."""
 
-    pacs: Orthanc
-    server: LiveServer
-    home: Path
-    folder: Path
     browser: OhifBrowser
-
-    def store(self, maker: SeriesMaker) -> Path:
-        """Write a series and store it in the PACS; returns its folder."""
-        folder = maker.write(self.folder / "series" / maker.name)
-        self.pacs.upload(sorted(folder.iterdir()))
-        return folder
 
     def predicted(self, *folders: Path, model: str = "tiny") -> np.ndarray:
         """Return what the library itself says of the files of series, [x, y, slice along the normal]."""
-        version = ModelStore(self.home).current(model)
-        predictor = NNUNetPredictor(ModelFolder.open(version.model_path), NetworkCache(2**30))
-        return read_stack(folders[0]).to_slices(predictor.predict(list(folders)).labels.array_xyz)
+        return read_stack(folders[0]).to_slices(predicted(self, *folders, model=model))
 
     def kept(self, image: str) -> dict[str, Any]:
         """Return what the server knows of the submitted label of a series."""
@@ -255,8 +240,7 @@ def test_a_result_is_drawn_in_all_three_planes_and_that_is_no_change(clinic: Cli
 
 def test_a_refusal_is_shown_in_the_servers_own_words(clinic: Clinic) -> None:
     maker = SeriesMaker("with-a-gap")
-    folder = maker.write(clinic.folder / "series" / maker.name, lambda slices: [*slices[:8], *slices[11:]])
-    clinic.pacs.upload(sorted(folder.iterdir()))
+    clinic.store(maker, lambda slices: [*slices[:8], *slices[11:]])
     browser = clinic.browser
     browser.open_mode(maker.study_uid)
     browser.control("model-tiny").check()

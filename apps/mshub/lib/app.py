@@ -329,9 +329,9 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         if self._is_session_image(request, image) or _is_upload(image):
             return {"image_id": "", "image": image, "channels": _files_of(Path(image))}
         if isinstance(datastore, PacsStudies):
-            datastore.get_image_info(image)  # 404 before anything is computed
+            path = datastore.get_image_info(image)["path"]  # 404 before anything is computed
             find = partial(datastore.find, image, _chosen_series(request))
-            return {"image_id": image, "image": str(datastore.get_image_info(image)["path"]), "find": find}
+            return {"image_id": image, "image": path, "find": find}
         if not isinstance(datastore, StudiesFolder):
             uri = datastore.get_image_uri(image)
             return {"image_id": image, "image": uri, "channels": [uri]}

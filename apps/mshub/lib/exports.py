@@ -14,7 +14,7 @@ from lib.faults import as_http_errors, not_found
 from lib.pacs import PacsStudies
 from lib.pacs_labels import PRELABEL, label_facts
 from mshub.corrections import read_correction
-from mshub.dicom_derived import Algorithm, Facts
+from mshub.dicom_derived import Facts
 from mshub.geometry import Array
 from mshub.label_export import FORMATS, export_labels
 from mshub.structures import StructureOverride
@@ -65,9 +65,7 @@ def export_label(datastore: StudiesFolder, image: str, tag: str, format: str) ->
 def export_prediction(datastore: Any, image: str, label: Path, params: Mapping[str, Any], format: str) -> Path:
     """Write a prediction as DICOM to a temporary file, which the caller removes; errors as `export_label`."""
     check_format(format, tuple(FORMATS))
-    algorithm = Algorithm(str(params["model"]), str(params["model_version"]))
-    title = f"MSHub {algorithm.name} {algorithm.version}, automatic"
-    facts = Facts(algorithm, title, overrides=_overrides(datastore))
+    facts = label_facts({"params": params}, PRELABEL, _overrides(datastore))
     with as_http_errors():
         array = read_volume(label, allow_constant=True).array_xyz
         names = dict(params["label_names"])

@@ -154,10 +154,8 @@ def label_facts(info: Mapping[str, Any], tag: str, overrides: Mapping[str, Struc
     """Return what a DICOM object says of the label it was made from: which model made it, and who changed it."""
     params, origin = info.get("params", {}), info.get("started_from")
     if tag == PRELABEL and "model_version" in params:
-        algorithm = Algorithm(str(params["model"]), str(params["model_version"]))
-        return Facts(algorithm, f"MSHub {algorithm.name} {algorithm.version}, automatic", overrides=overrides)
+        return Facts.of_model(Algorithm(str(params["model"]), str(params["model_version"])), overrides=overrides)
     creator = str(info.get("client_id") or "")
     if not origin:
         return Facts(None, "MSHub label", creator, overrides)
-    algorithm = Algorithm(origin["model"], origin["version"], edited=True)
-    return Facts(algorithm, f"MSHub {algorithm.name} {algorithm.version}, corrected", creator, overrides)
+    return Facts.of_model(Algorithm(origin["model"], origin["version"], edited=True), creator, overrides)
