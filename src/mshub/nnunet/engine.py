@@ -17,9 +17,11 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 
 from mshub.errors import ModelFolderError, PredictionError
 from mshub.nnunet.folder import ModelFolder
+from mshub.nnunet.measures import Heads, Measures
 from mshub.nnunet.postprocessing import keep_largest
 from mshub.nnunet.preprocessing import preprocessor_of
-from mshub.nnunet.sliding_window import ProbabilityWindow, Progress, SlidingWindow
+from mshub.nnunet.sliding_window import Check, ProbabilityWindow, Progress, SlidingWindow
+from mshub.uncertainty import Uncertainty
 
 Array = np.ndarray[Any, Any]
 
@@ -79,8 +81,35 @@ class Engine:
         )
         return prepared, properties
 
-    def logits(self, data: Array, *, mirroring: bool, step: float, progress: Progress | None) -> torch.Tensor:
+    def measures(self) -> Measures:
+        """Return what `logits` can tell how sure the network is."""
+        labels = self._window.label_manager
+        names = {value: name for name, value in self._folder.labels.predicted.items()}
+        channels = labels.regions_class_order if labels.has_regions else range(1, labels.num_segmentation_heads)
+        return Measures(
+            Heads(tuple(names[value] for value in channels), labels.has_regions, self._folder.predicts_as_v1)
+        )
+
+    def logits(
+        self,
+        data: Array,
+        *,
+        mirroring: bool,
+        step: float,
+        progress: Progress | None = None,
+        check: Check | None = None,
+        measures: Measures | None = None,
+    ) -> torch.Tensor:
         """Run the sliding window over all folds.
+
+        Parameters
+        ----------
+        data : ndarray
+            As `preprocess` returns it.
+        mirroring, step
+            See `mshub.nnunet.predictor.Profile`.
+        progress, check, measures
+            See `mshub.nnunet.sliding_window.SlidingWindow.start`.
 
         Returns
         -------
@@ -93,7 +122,7 @@ class Engine:
             The network's output is not finite.
         """
         self._window.use_mirroring, self._window.tile_step_size = mirroring, step
-        self._window.start(progress)
+        self._window.start(progress, check, measures)
         logits: torch.Tensor = self._window.predict_logits_from_preprocessed_data(
             torch.from_numpy(data).contiguous().float()
         )
@@ -104,6 +133,13 @@ class Engine:
                 "other images fail too, the weights are damaged: run `mshub verify`."
             )
         return logits.cpu()
+
+    def uncertainty(self, measures: Measures, logits: torch.Tensor, properties: dict[str, Any]) -> Uncertainty:
+        """Return what was measured while `logits` were made."""
+        before = properties["shape_after_cropping_and_before_resampling"]
+        voxel_mm3 = float(np.prod(properties["spacing"]) * np.prod(before) / np.prod(logits.shape[1:]))
+        with torch.inference_mode():
+            return measures.result(logits, self._window.device, voxel_mm3 / 1000)
 
     def segmentation(self, logits: torch.Tensor, properties: dict[str, Any]) -> Array:
         """Return the label map in nnU-Net's values on the reader's grid, axes (z, y, x)."""

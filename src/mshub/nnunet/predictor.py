@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,10 +17,13 @@ from mshub.card_tables import AS_STORED, InputRules
 from mshub.errors import GeometryError, MSHubError, PredictionError
 from mshub.geometry import Volume
 from mshub.nnunet.devices import resolve_device
+from mshub.nnunet.engine import Engine
 from mshub.nnunet.folder import ModelFolder
+from mshub.nnunet.measures import Measures
 from mshub.nnunet.network_cache import NetworkCache
 from mshub.nnunet.reading import read_as_nnunet, read_channels, to_input_axes
-from mshub.nnunet.sliding_window import Progress
+from mshub.nnunet.sliding_window import Check, Progress
+from mshub.uncertainty import Uncertainty
 
 logger = logging.getLogger(__name__)
 
@@ -64,12 +68,15 @@ class PredictOptions:
         ``auto``, ``cpu``, ``cuda``, ``cuda:1``...
     rules : InputRules
         What is done to the image before nnU-Net sees it, as the model's card says.
+    measure : bool
+        Measure on the way how sure the network is: `Prediction.uncertainty`.
     """
 
     profile: Profile = PROFILES["accurate"]
     folds: tuple[str, ...] = ()
     device: str = "auto"
     rules: InputRules = AS_STORED
+    measure: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,12 +94,15 @@ class Prediction:
         Model configuration, folds, profile, device; ``inference`` where it is that of nnU-Net v1.
     seconds : dict of str to float
         Wall time per stage.
+    uncertainty : Uncertainty or None
+        How sure the network was; None if it was not asked for.
     """
 
     labels: Volume
     names: dict[str, int]
     provenance: dict[str, Any]
     seconds: dict[str, float] = field(default_factory=dict)
+    uncertainty: Uncertainty | None = None
 
     def voxel_counts(self) -> dict[str, int]:
         """Return the number of voxels of each structure, absent ones included."""
@@ -104,7 +114,11 @@ class Predictor(Protocol):
     """Anything that turns the files of one case into a label volume."""
 
     def predict(
-        self, images: Sequence[Path], options: PredictOptions = ..., progress: Progress | None = ...
+        self,
+        images: Sequence[Path],
+        options: PredictOptions = ...,
+        progress: Progress | None = ...,
+        check: Check | None = ...,
     ) -> Prediction:
         """Segment one case; see `NNUNetPredictor.predict`."""
 
@@ -129,6 +143,7 @@ class NNUNetPredictor:
         images: Sequence[Path],
         options: PredictOptions = PredictOptions(),
         progress: Progress | None = None,
+        check: Check | None = None,
     ) -> Prediction:
         """Segment one case.
 
@@ -140,6 +155,9 @@ class NNUNetPredictor:
             Profile, folds, device.
         progress : callable, optional
             Called with (tiles done, tiles in all).
+        check : callable, optional
+            Called between the stages and before every pass of the network; a `MSHubError` it raises ends the
+            prediction.
 
         Returns
         -------
@@ -153,33 +171,44 @@ class NNUNetPredictor:
         PredictionError
             The network failed; the message says at which stage.
         """
-        clock = _Clock()
-        folds = self._check_folds(options.folds)
-        volumes = read_channels(images, self.folder.channels)
-        clock.lap("read")
-        device = resolve_device(options.device)
-        try:
+        run = self._run(options, progress, check)
+        volumes = self._read(images, run)
+        with _told_errors(run.device, volumes[0]):
             reader = self.folder.plans_manager.image_reader_writer_class()
             data, properties = read_as_nnunet(images, volumes, reader, options.rules)
-            segmentation = self._segment(data, properties, folds, device, options.profile, progress, clock)
+            segmentation, uncertainty = self._segment(data, properties, run)
             array_xyz = to_input_axes(segmentation, properties, reader, volumes[0], options.rules.orientation)
-        except MSHubError:
-            raise
-        except torch.OutOfMemoryError as error:
-            raise PredictionError(
-                f"{device} ran out of memory on an image of {volumes[0].grid.shape_xyz} voxels. "
-                "Choose profile fast, another device, or a smaller image."
-            ) from error
-        except Exception as error:
-            logger.exception("prediction failed")
-            raise PredictionError(
-                f"nnU-Net failed on this image ({type(error).__name__}: {error}). The full trace is in the log."
-            ) from error
         labels = self._publish(array_xyz, volumes[0])
-        clock.lap("export")
+        run.clock.lap("export")
         return Prediction(
-            labels, dict(self.folder.labels.published), self._provenance(folds, device, options), clock.laps
+            labels, dict(self.folder.labels.published), self._provenance(run), run.clock.laps, uncertainty
         )
+
+    def measure(
+        self, images: Sequence[Path], options: PredictOptions = PredictOptions(), check: Check | None = None
+    ) -> Uncertainty:
+        """Return how sure the network is of a case, without making the label: what `predict` would measure.
+
+        Parameters and errors are those of `predict`.
+        """
+        run = self._run(options, None, check)
+        volumes = self._read(images, run)
+        with _told_errors(run.device, volumes[0]):
+            reader = self.folder.plans_manager.image_reader_writer_class()
+            data, properties = read_as_nnunet(images, volumes, reader, options.rules)
+            with self._cache.engine(self.folder, run.folds, run.device) as engine:
+                measures = engine.measures()
+                logits, properties = self._logits(engine, data, properties, run, measures)
+                return engine.uncertainty(measures, logits, properties)
+
+    def _run(self, options: PredictOptions, progress: Progress | None, check: Check | None) -> _Run:
+        folds = self._check_folds(options.folds)
+        return _Run(folds, options, resolve_device(options.device), progress, check or _never)
+
+    def _read(self, images: Sequence[Path], run: _Run) -> list[Volume]:
+        volumes = read_channels(images, self.folder.channels)
+        run.clock.lap("read")
+        return volumes
 
     def _check_folds(self, wanted: tuple[str, ...]) -> tuple[str, ...]:
         unknown = [fold for fold in wanted if fold not in self.folder.folds]
@@ -190,22 +219,42 @@ class NNUNetPredictor:
         return wanted or self.folder.folds
 
     def _segment(
+        self, data: np.ndarray[Any, Any], properties: dict[str, Any], run: _Run
+    ) -> tuple[np.ndarray[Any, Any], Uncertainty | None]:
+        with self._cache.engine(self.folder, run.folds, run.device) as engine:
+            measures = engine.measures() if run.options.measure else None
+            logits, properties = self._logits(engine, data, properties, run, measures)
+            uncertainty = None
+            if measures is not None:
+                uncertainty = engine.uncertainty(measures, logits, properties)
+                run.clock.lap("measure")
+            run.check()
+            return engine.segmentation(logits, properties), uncertainty
+
+    def _logits(
         self,
+        engine: Engine,
         data: np.ndarray[Any, Any],
         properties: dict[str, Any],
-        folds: tuple[str, ...],
-        device: torch.device,
-        profile: Profile,
-        progress: Progress | None,
-        clock: _Clock,
-    ) -> np.ndarray[Any, Any]:
-        with self._cache.engine(self.folder, folds, device) as engine:
-            clock.lap("load")
-            prepared, properties = engine.preprocess(data, properties)
-            clock.lap("preprocess")
-            logits = engine.logits(prepared, mirroring=profile.mirroring, step=profile.step, progress=progress)
-            clock.lap("network")
-            return engine.segmentation(logits, properties)
+        run: _Run,
+        measures: Measures | None,
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Return the network's output, and what is needed to go back to the image's grid."""
+        run.clock.lap("load")
+        run.check()
+        prepared, properties = engine.preprocess(data, properties)
+        run.clock.lap("preprocess")
+        profile = run.options.profile
+        logits = engine.logits(
+            prepared,
+            mirroring=profile.mirroring,
+            step=profile.step,
+            progress=run.progress,
+            check=run.check,
+            measures=measures,
+        )
+        run.clock.lap("network")
+        return logits, properties
 
     def _publish(self, array_xyz: np.ndarray[Any, Any], reference: Volume) -> Volume:
         if array_xyz.shape != reference.grid.shape_xyz:
@@ -215,15 +264,16 @@ class NNUNetPredictor:
             )
         return Volume(self.folder.labels.publish(array_xyz), reference.grid)
 
-    def _provenance(self, folds: tuple[str, ...], device: torch.device, options: PredictOptions) -> dict[str, Any]:
+    def _provenance(self, run: _Run) -> dict[str, Any]:
+        rules = run.options.rules
         return {
             "configuration": self.folder.configuration,
             "trainer": self.folder.trainer,
-            "folds": list(folds),
-            "profile": options.profile.name,
-            "device": str(device),
-            "input_clip": list(options.rules.clip) if options.rules.clip else None,
-            **({"orientation": options.rules.orientation} if options.rules.orientation else {}),
+            "folds": list(run.folds),
+            "profile": run.options.profile.name,
+            "device": str(run.device),
+            "input_clip": list(rules.clip) if rules.clip else None,
+            **({"orientation": rules.orientation} if rules.orientation else {}),
             **({"inference": "nnU-Net v1"} if self.folder.predicts_as_v1 else {}),
         }
 
@@ -239,3 +289,38 @@ class _Clock:
         now = time.perf_counter()
         self.laps[name] = self.laps.get(name, 0.0) + now - self._last
         self._last = now
+
+
+@dataclass
+class _Run:
+    """One prediction at work."""
+
+    folds: tuple[str, ...]
+    options: PredictOptions
+    device: torch.device
+    progress: Progress | None
+    check: Check
+    clock: _Clock = field(default_factory=_Clock)
+
+
+def _never() -> None:
+    """Find no reason to end."""
+
+
+@contextmanager
+def _told_errors(device: torch.device, image: Volume) -> Iterator[None]:
+    """Turn what nnU-Net and torch raise into errors with a sentence."""
+    try:
+        yield
+    except MSHubError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise PredictionError(
+            f"{device} ran out of memory on an image of {image.grid.shape_xyz} voxels. "
+            "Choose profile fast, another device, or a smaller image."
+        ) from error
+    except Exception as error:
+        logger.exception("prediction failed")
+        raise PredictionError(
+            f"nnU-Net failed on this image ({type(error).__name__}: {error}). The full trace is in the log."
+        ) from error

@@ -8,6 +8,7 @@ rule.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import combinations
 from typing import Any
 
@@ -15,8 +16,12 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 
+from mshub.nnunet.measures import Measures
+
 Progress = Callable[[int, int], None]
 """Called with (tiles done, tiles in all) while the network runs."""
+Check = Callable[[], None]
+"""Called now and then; raises to end what is being done."""
 
 
 class SlidingWindow(nnUNetPredictor):  # type: ignore[misc]
@@ -35,18 +40,80 @@ class SlidingWindow(nnUNetPredictor):  # type: ignore[misc]
             torch.backends.cudnn.benchmark = True
         self.start(None)
 
-    def start(self, on_progress: Progress | None) -> None:
+    def start(self, on_progress: Progress | None, check: Check | None = None, measures: Measures | None = None) -> None:
+        """Make ready for one image.
+
+        Parameters
+        ----------
+        on_progress : callable, optional
+            Called after every tile.
+        check : callable, optional
+            Called before every pass of the network; what it raises ends the prediction.
+        measures : Measures, optional
+            Told what comes out before it is averaged.
+        """
         self._on_progress, self._done, self._total = on_progress, 0, 0
+        self._check, self._measures = check, measures
 
     def _internal_get_sliding_window_slicers(self, image_size: tuple[int, ...]) -> list[Any]:
         slicers: list[Any] = super()._internal_get_sliding_window_slicers(image_size)
         self._total = len(slicers) * len(self.list_of_parameters)
         return slicers
 
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def predict_sliding_window_return_logits(self, input_image: torch.Tensor) -> torch.Tensor:
+        """Predict with one fold."""
+        with self._watched_encoder():
+            logits: torch.Tensor = super().predict_sliding_window_return_logits(input_image)
+        if self._measures is not None:
+            self._measures.end_of_fold(logits)
+        return logits
+
+    @contextmanager
+    def _watched_encoder(self) -> Iterator[None]:
+        encoder = getattr(self.network, "encoder", None)
+        if self._measures is None or encoder is None:
+            yield
+            return
+        hook = encoder.register_forward_hook(self._measures.deepest_features)
+        try:
+            yield
+        finally:
+            hook.remove()
+
     def _internal_maybe_mirror_and_predict(self, x: torch.Tensor) -> torch.Tensor:
-        prediction: torch.Tensor = super()._internal_maybe_mirror_and_predict(x)
-        self._count_tile()
+        passes = self._passes(x)
+        prediction = next(passes)
+        for output in passes:
+            prediction += output
+        prediction /= self._count
         return prediction
+
+    def _passes(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield the network's outputs for a tile and its mirrored copies, turned back; then count the tile."""
+        flips = list(self._flips())
+        self._count = len(flips)
+        for axes in flips:
+            if self._check is not None:
+                self._check()
+            output = self._outcome(torch.flip(x, axes) if axes else x)
+            output = torch.flip(output, axes) if axes else output
+            if self._measures is not None:
+                self._measures.one_pass(output)
+            yield output
+        if self._measures is not None:
+            self._measures.end_of_tile()
+        self._count_tile()
+
+    def _outcome(self, x: torch.Tensor) -> torch.Tensor:
+        outcome: torch.Tensor = self.network(x)
+        return outcome
+
+    def _flips(self) -> Iterator[tuple[int, ...]]:
+        """Yield the axes of (batch, channel, *spatial) tensors to flip together, beginning with none."""
+        axes = [axis + 2 for axis in self.allowed_mirroring_axes or ()] if self.use_mirroring else []
+        for count in range(len(axes) + 1):
+            yield from combinations(axes, count)
 
     def _count_tile(self) -> None:
         self._done += 1
@@ -61,20 +128,13 @@ class ProbabilityWindow(SlidingWindow):
     """
 
     def _internal_maybe_mirror_and_predict(self, x: torch.Tensor) -> torch.Tensor:
-        flips = list(self._flips())
         probabilities = torch.zeros((), dtype=torch.float32, device=x.device)
-        for axes in flips:
-            flipped = torch.flip(x, axes) if axes else x
-            softmax = torch.softmax(self.network(flipped).float(), dim=1)
-            probabilities = probabilities + (torch.flip(softmax, axes) if axes else softmax) / len(flips)
-        self._count_tile()
+        for softmax in self._passes(x):
+            probabilities = probabilities + softmax / self._count
         return probabilities
 
-    def _flips(self) -> Iterator[tuple[int, ...]]:
-        """Yield the axes of (batch, channel, *spatial) tensors to flip together, beginning with none."""
-        axes = [axis + 2 for axis in self.allowed_mirroring_axes or ()] if self.use_mirroring else []
-        for count in range(len(axes) + 1):
-            yield from combinations(axes, count)
+    def _outcome(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(self.network(x).float(), dim=1)
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def _internal_predict_sliding_window_return_logits(

@@ -1,0 +1,277 @@
+"""How sure the network is, measured in the pass that predicts: what nnU-Net averages away, and what it averages to.
+
+nnU-Net averages the outputs of mirrored copies, of overlapping tiles and of folds. A `Measures` looks at each output
+before it is averaged and counts how often the outputs agree; afterwards it looks at the probabilities where there is
+something to be unsure of, inside the label and at its surface. It changes nothing of what is predicted.
+
+Pairwise Dice without pairs of volumes: k label maps agree on a structure in all pairs of maps as often as single voxels
+agree in all pairs of maps, summed up. Nearly all voxels are the same in every map and are counted once; only the others
+are compared pair by pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import torch
+
+from mshub.uncertainty import StructureUncertainty, Uncertainty
+
+Means = Callable[[torch.Tensor], torch.Tensor]
+
+VOXELS_AT_ONCE = 2**18
+"""So many voxels of all classes are looked at together, which bounds the memory it takes."""
+TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What the channels of a network's output stand for.
+
+    Attributes
+    ----------
+    names : tuple of str
+        The structure of each channel, the background's channel left out.
+    has_regions : bool
+        Channels are regions that may overlap, each decided by itself; otherwise the largest of them decides, and the
+        first is the background.
+    are_probabilities : bool
+        The output is averaged as probabilities, as nnU-Net v1 does, not as logits.
+    """
+
+    names: tuple[str, ...]
+    has_regions: bool = False
+    are_probabilities: bool = False
+
+    def label_maps(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Return label maps, axes (map, *spatial): one of all structures, or one of each region."""
+        if self.has_regions:
+            return (outputs > 0).to(torch.uint8)
+        labels: torch.Tensor = outputs.argmax(0, keepdim=True)
+        return labels.to(torch.uint8 if len(outputs) <= 256 else torch.int16)
+
+    def log_probabilities(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Return the logarithms of the probabilities of the channels, axes (channel, voxel), float32."""
+        if self.are_probabilities:
+            return outputs.float().clamp_min(TINY).log()
+        return outputs.float().log_softmax(0)
+
+
+class Votes:
+    """Pairwise Dice of several label maps, structure by structure, added up over tiles."""
+
+    def __init__(self, heads: Heads) -> None:
+        self._heads = heads
+        count = len(heads.names) + 1
+        self._common, self._all = np.zeros(count), np.zeros(count)
+
+    def count(self, maps: Sequence[torch.Tensor]) -> None:
+        """Compare the label maps of one tile; of a single one nothing can be said."""
+        if len(maps) < 2:
+            return
+        stacked = torch.stack(list(maps))  # (voter, map, *spatial)
+        for index in range(stacked.shape[1]):
+            common, total = self._compare(stacked[:, index].flatten(1))
+            if self._heads.has_regions:
+                self._common[index + 1] += common[1]
+                self._all[index + 1] += total[1]
+            else:
+                self._common += common
+                self._all += total
+
+    def _compare(self, voters: torch.Tensor) -> tuple[Any, Any]:
+        """Return, by label, in how many pairs of voters voxels have it in both, and in either counted twice."""
+        bins = 2 if self._heads.has_regions else len(self._common)
+        counted = partial(torch.bincount, minlength=bins)
+        first, pairs = voters[0], len(voters) * (len(voters) - 1) // 2
+        differs = (voters[1:] != first).any(0)
+        same = counted(first[~differs].int()) * pairs
+        some = voters[:, differs].int()
+        common = same + sum(counted(one[one == other]) for one, other in combinations(some, 2))
+        total = 2 * same + (len(voters) - 1) * counted(some.flatten())
+        return common.cpu().numpy(), total.cpu().numpy()
+
+    def dice(self) -> list[float | None]:
+        """Return the Dice of each structure; None where no map has it or nothing was compared."""
+        return [
+            float(2 * common / total) if total else None
+            for common, total in zip(self._common[1:], self._all[1:], strict=True)
+        ]
+
+
+class Measures:
+    """Everything that is measured of one prediction; `SlidingWindow` tells it what happens.
+
+    Parameters
+    ----------
+    heads : Heads
+        What the network's outputs stand for.
+    """
+
+    def __init__(self, heads: Heads) -> None:
+        self._heads = heads
+        self._mirrors, self._folds = Votes(heads), Votes(heads)
+        self._passes: list[torch.Tensor] = []
+        self._fold_maps: list[torch.Tensor] = []
+        self._deepest: torch.Tensor | None = None
+        self._features: list[torch.Tensor] = []
+        self._weights: list[float] = []
+
+    # -- while it is predicted ----------------------------------------------------------------------------------
+
+    def deepest_features(self, _module: Any, _inputs: Any, output: Any) -> None:
+        """Take note of what the encoder made of a tile: a forward hook."""
+        self._deepest = output[-1] if isinstance(output, (list, tuple)) else output
+
+    def one_pass(self, output: torch.Tensor) -> None:
+        """Look at the output for one tile or a mirrored copy of it, turned back; axes (1, channel, *spatial)."""
+        self._passes.append(self._heads.label_maps(output[0]))
+        if len(self._passes) == 1 and not self._fold_maps:  # features of other folds cannot be compared
+            self._keep_features()
+
+    def end_of_tile(self) -> None:
+        """Compare the passes over a tile."""
+        self._mirrors.count(self._passes)
+        self._passes = []
+
+    def end_of_fold(self, outputs: torch.Tensor) -> None:
+        """Keep the label map of a fold; axes (channel, *spatial)."""
+        maps = [self._heads.label_maps(part) for part in outputs.split(_slices(outputs), dim=1)]
+        self._fold_maps.append(torch.cat(maps, dim=1).cpu())
+
+    def _keep_features(self) -> None:
+        if self._deepest is None:
+            return
+        deep = self._deepest[0].float().flatten(1)
+        self._features.append(torch.cat([deep.mean(1), deep.std(1, correction=0)]).cpu())
+        self._weights.append(1.0 + float((self._passes[0] != 0).sum()))
+        self._deepest = None
+
+    # -- afterwards ---------------------------------------------------------------------------------------------
+
+    def result(self, outputs: torch.Tensor, device: torch.device, voxel_ml: float) -> Uncertainty:
+        """Return what was measured.
+
+        Parameters
+        ----------
+        outputs : Tensor, axes (channel, *spatial)
+            What the prediction is made from: averaged over everything.
+        device : torch.device
+            Where to calculate.
+        voxel_ml : float
+            Volume of a voxel of `outputs`, in ml.
+        """
+        maps = self._fold_maps[0]
+        if len(self._fold_maps) > 1:
+            self._folds.count(self._fold_maps)
+            parts = outputs.split(_slices(outputs), dim=1)
+            maps = torch.cat([self._heads.label_maps(part.to(device)).cpu() for part in parts], dim=1)
+        looked = _Probabilities(self._heads, outputs, maps, device)
+        columns = (self._mirrors.dice(), self._folds.dice(), looked.soft_dice(), looked.entropies(), looked.voxels())
+        structures = {
+            name: StructureUncertainty(voxels * voxel_ml, mirror, fold, soft, entropy)
+            for name, mirror, fold, soft, entropy, voxels in zip(self._heads.names, *columns, strict=True)
+        }
+        return Uncertainty(structures, looked.entropy_foreground, looked.entropy_border, self._embedding())
+
+    def _embedding(self) -> tuple[float, ...]:
+        if not self._features:
+            return ()
+        mean = np.average(torch.stack(self._features).numpy(), axis=0, weights=self._weights)
+        return tuple(float(value) for value in mean)
+
+
+class _Probabilities:
+    """The probabilities inside a label and next to its surface, summed up."""
+
+    def __init__(self, heads: Heads, outputs: torch.Tensor, maps: torch.Tensor, device: torch.device) -> None:
+        self._heads, self._outputs, self._maps, self._device = heads, outputs.flatten(1), maps.flatten(1), device
+        structures = len(heads.names)
+        self._expected, self._common, self._unsure, self._voxels = (np.zeros(structures) for _ in range(4))
+        foreground = (maps != 0).any(0).flatten()
+        border = torch.stack([_surface(one) for one in maps]).any(0).flatten()
+        self._inside, self._edge = _Mean(), _Mean()
+        look = self._look_at_regions if heads.has_regions else self._look_at_labels
+        for chosen in torch.nonzero(foreground | border).flatten().split(VOXELS_AT_ONCE):
+            entropy = look(self._outputs[:, chosen].to(device), self._maps[:, chosen].to(device))
+            self._inside.add(entropy[foreground[chosen].to(device)])
+            self._edge.add(entropy[border[chosen].to(device)])
+        self.entropy_foreground, self.entropy_border = self._inside.value(), self._edge.value()
+
+    def _look_at_labels(self, outputs: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+        """Take in some voxels, axes (channel, voxel); returns their entropies, 0 to 1."""
+        logarithms, labels = self._heads.log_probabilities(outputs), maps[0].long()
+        probabilities = logarithms.exp()
+        entropy = -(probabilities * logarithms).sum(0) / float(np.log(len(outputs)))
+        own = probabilities.gather(0, labels[None])[0]
+        bins = partial(torch.bincount, minlength=len(outputs))
+        self._add(probabilities.sum(1), bins(labels, weights=own), probabilities @ entropy, bins(labels), skip=1)
+        return entropy
+
+    def _look_at_regions(self, outputs: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+        """As `_look_at_labels`, for channels that are decided each by itself."""
+        outputs = outputs.float()
+        probabilities = outputs.sigmoid()
+        sides = torch.nn.functional.logsigmoid
+        entropy = -(probabilities * sides(outputs) + (1 - probabilities) * sides(-outputs)) / float(np.log(2))
+        common, unsure = (probabilities * maps).sum(1), (probabilities * entropy).sum(1)
+        self._add(probabilities.sum(1), common, unsure, maps.sum(1), skip=0)
+        return entropy.mean(0)
+
+    def _add(
+        self, expected: torch.Tensor, common: torch.Tensor, unsure: torch.Tensor, voxels: torch.Tensor, skip: int
+    ) -> None:
+        self._expected += expected[skip:].cpu().numpy()
+        self._common += common[skip:].cpu().numpy()
+        self._unsure += unsure[skip:].cpu().numpy()
+        self._voxels += voxels[skip:].cpu().numpy()
+
+    def soft_dice(self) -> list[float | None]:
+        """Return the Dice of each structure's label with its probability; None for one that was not found."""
+        return [
+            float(2 * common / (expected + voxels)) if voxels else None
+            for common, expected, voxels in zip(self._common, self._expected, self._voxels, strict=True)
+        ]
+
+    def entropies(self) -> list[float | None]:
+        """Return each structure's mean entropy, voxels weighted by its probability; None for one not found."""
+        return [
+            float(unsure / expected) if voxels else None
+            for unsure, expected, voxels in zip(self._unsure, self._expected, self._voxels, strict=True)
+        ]
+
+    def voxels(self) -> list[float]:
+        """Return the number of voxels of each structure."""
+        return [float(count) for count in self._voxels]
+
+
+class _Mean:
+    def __init__(self) -> None:
+        self._sum, self._count = 0.0, 0
+
+    def add(self, values: torch.Tensor) -> None:
+        self._sum, self._count = self._sum + float(values.sum(dtype=torch.float64)), self._count + values.numel()
+
+    def value(self) -> float | None:
+        return self._sum / self._count if self._count else None
+
+
+def _surface(labels: torch.Tensor) -> torch.Tensor:
+    """Return which voxels have a neighbour (of 6 in 3-D) with another label."""
+    found = torch.zeros(labels.shape, dtype=torch.bool)
+    for axis in range(labels.ndim):
+        length = labels.shape[axis] - 1
+        differs = labels.narrow(axis, 1, length) != labels.narrow(axis, 0, length)
+        found.narrow(axis, 0, length).logical_or_(differs)
+        found.narrow(axis, 1, length).logical_or_(differs)
+    return found
+
+
+def _slices(outputs: torch.Tensor) -> int:
+    """Return how many slices of the first spatial axis hold about `VOXELS_AT_ONCE` voxels."""
+    return max(1, VOXELS_AT_ONCE // max(1, int(np.prod(outputs.shape[2:]))))
