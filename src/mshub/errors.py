@@ -16,6 +16,7 @@
     |   `-- ChannelError       the wrong number or kind of channels
     |-- LabelError             label names or values that do not fit the model
     |-- PredictionError        the network ran and failed
+    |   `-- Interrupted        it was ended to let somebody else go first
     `-- TrainingError          a training could not start or did not finish
 
 Every message says what was found, what was expected, and how to fix it. `code` is a stable, machine-readable name;
@@ -100,6 +101,11 @@ class LabelError(MSHubError):
 class PredictionError(MSHubError):
     code = "prediction"
     http_status = 422
+
+
+class Interrupted(PredictionError):
+    code = "interrupted"
+    http_status = 503
 
 
 class TrainingError(MSHubError):

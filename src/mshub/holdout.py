@@ -117,6 +117,19 @@ class HoldOut:
         if judging := sum(sides.get(key) == HOLD_OUT for key in keys):
             logger.warning("%d patients to be marked as training are held out already, and stay so", judging)
 
+    def judging(self, patients: Iterable[str]) -> set[str]:
+        """Return which of the patients judge versions, or would if they were decided about now; decides nothing.
+
+        Raises
+        ------
+        StoreError
+            The ledger is damaged.
+        """
+        sides = self._read()
+        held_out = sum(side == HOLD_OUT for side in sides.values())
+        keys = {patient: patient_key(patient) for patient in patients}
+        return {name for name, key in keys.items() if (sides.get(key) or self._side(key, held_out)) == HOLD_OUT}
+
     def patients(self) -> dict[str, str]:
         """Return patient -> ``training`` or ``hold-out``, patients named by their `patient_key`.
 

@@ -233,7 +233,7 @@ def test_the_embedding_is_that_of_the_first_fold_and_tells_images_apart(
 
 def test_a_network_without_an_encoder_has_no_embedding() -> None:
     measures = Measures(HEADS)
-    measures.one_pass(torch.randn(1, 3, 4, 5, 6))
+    measures.one_pass(torch.randn(1, 3, 4, 5, 6), 1)
     measures.end_of_tile()
     outputs = torch.randn(3, 4, 5, 6)
     measures.end_of_fold(outputs)

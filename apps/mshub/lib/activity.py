@@ -65,12 +65,14 @@ class Activity:
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._runs: dict[int, Run] = {}
+        self._needed = time.monotonic()
         self.finished = self.failed = 0
 
     @contextmanager
     def run(self, model: str, image: str, client: str = "") -> Iterator[Run]:
         """Register a prediction for as long as the block runs."""
         with self._lock:
+            self._needed = time.monotonic()
             run = Run(next(self._numbers), model, image, client)
             self._runs[run.number] = run
         try:
@@ -82,7 +84,18 @@ class Activity:
             self.finished += 1
         finally:
             with self._lock:
+                self._needed = time.monotonic()
                 del self._runs[run.number]
+
+    def touch(self) -> None:
+        """Take note that somebody uses the server."""
+        with self._lock:
+            self._needed = time.monotonic()
+
+    def idle_s(self) -> float:
+        """Return for how many seconds nobody has needed the server; 0 while a prediction runs or waits."""
+        with self._lock:
+            return 0.0 if self._runs else time.monotonic() - self._needed
 
     def as_dict(self) -> dict[str, Any]:
         """Return running predictions, oldest first, and the counts."""

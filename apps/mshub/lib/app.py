@@ -17,10 +17,11 @@ from fastapi import HTTPException
 from monailabel.config import settings
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
+from monailabel.interfaces.tasks.scoring import ScoringMethod
 from monailabel.interfaces.tasks.strategy import Strategy
 
 import mshub
-from lib.activelearning import First, Random
+from lib.activelearning import AgreementScoring, Casebook, CaseLook, Offers, OfferStrategy, Prelabels, SpareTime
 from lib.activity import Activity
 from lib.conf import Config
 from lib.datastore import StudiesFolder
@@ -31,12 +32,15 @@ from lib.infers import NNUNetInferTask
 from lib.pacs import PacsStudies
 from lib.pacs_client import PacsClient
 from lib.trainers import NNUNetTrainTask, Trainings, studies_of
+from mshub.case_index import CaseIndex
 from mshub.errors import MSHubError
 from mshub.jobs import Jobs
 from mshub.label_export import FORMATS
 from mshub.nnunet.devices import available_devices
 from mshub.nnunet.network_cache import NetworkCache
-from mshub.store import ModelStore
+from mshub.nnunet.sliding_window import Check
+from mshub.selection import STRATEGIES
+from mshub.store import ModelStore, ModelVersion
 from mshub.structures import StructureOverride
 
 logger = logging.getLogger(__name__)
@@ -65,6 +69,11 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         self.jobs = Jobs(self.store.home)
         self.trainings = Trainings(self.jobs, self.config)
         self._digests = Digests(self.store.home / "digests.json")
+        index = CaseIndex(self.store.home / "cases" / f"{_short_hash(studies)}.sqlite")
+        self.casebook = Casebook(index, self.store, self.config)
+        self.offers = Offers(self.casebook, self.store, self.config)
+        self.prelabels = Prelabels(index, self.offers)
+        self.spare_time: SpareTime | None = None
         self._infers: dict[str, NNUNetInferTask] = {}
         self._trainers: dict[str, NNUNetTrainTask] = {}
         os.environ.setdefault("PYTHONPATH", app_dir)  # MONAI Label's background tasks read it without a default
@@ -101,10 +110,9 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         """Return the series of a PACS; it need not be up yet, and nothing else is asked for over the network."""
         client = PacsClient(self.studies)
         search = settings.MONAI_LABEL_DICOMWEB_SEARCH_FILTER
-        address = hashlib.sha256(client.url.encode()).hexdigest()[:16]
         return PacsStudies(
             client,
-            str(self.store.home / "pacs" / address),
+            str(self.store.home / "pacs" / _short_hash(client.url)),
             self._structures,
             self._structure_overrides,
             self.store.home / "refused-labels",
@@ -122,8 +130,12 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         return self._current_trainers()
 
     def init_strategies(self) -> dict[str, Strategy]:
-        """Return the strategies by name; clients rely on ``random``."""
-        return {"random": Random(), "first": First()}
+        """Return the strategies by name, the default first; clients rely on ``random``."""
+        return {name: OfferStrategy(name, lambda: self.offers) for name in STRATEGIES}
+
+    def init_scoring_methods(self) -> dict[str, ScoringMethod]:
+        """Return the scoring methods by name: MONAI Label's ``dice``, for several structures."""
+        return {"dice": AgreementScoring()}
 
     def info(self) -> dict[str, Any]:
         """Return what clients read first; models added or removed since are taken in."""
@@ -142,6 +154,7 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
             "models": {model: self.store.current(model).version for model in self._served()},
             "loaded": [str(Path(path).relative_to(self.store.home)) for path in self.cache.loaded()],
             "training": self.trainings.opened(),
+            "spare_time": self.spare_time.doing() if self.spare_time else None,
             **self.activity.as_dict(),
         }
 
@@ -153,6 +166,7 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         if settings.MONAI_LABEL_TASKS_TRAIN:
             self._resume_trainings()
         logging.getLogger("timeloop").disabled = True
+        self._start_spare_time()
         if isinstance(self.datastore(), PacsStudies):
             threading.Thread(target=import_module, args=("highdicom.seg",), daemon=True).start()  # seconds, once
         super().on_init_complete()
@@ -163,6 +177,15 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
                 logger.info("%s broke off and goes on", job.id)
         except (OSError, ValueError, MSHubError) as error:  # models serve all the same
             logger.error("trainings that broke off cannot be resumed: %s", error)
+
+    def _start_spare_time(self) -> None:
+        """Begin with what the server does while nobody needs it."""
+        if not isinstance(self.datastore(), StudiesFolder):
+            return
+        look = CaseLook(self.casebook, self._task, self._studies, self._infer_in_turn)
+        facts = (self.casebook, self.store, self.config, self.activity, self.jobs)
+        self.spare_time = SpareTime(*facts, look, self._studies, self._served, self._modalities)
+        self.spare_time.start()
 
     def _structures(self) -> set[str]:
         """Return the names of all structures the installed models know: what a submitted label may hold."""
@@ -195,7 +218,9 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
 
     # -- what it does -------------------------------------------------------------------------------------------
 
-    def infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
+    def infer(
+        self, request: dict[str, Any], datastore: Datastore | None = None, check: Check | None = None
+    ) -> dict[str, Any]:
         """Segment one image; see `NNUNetInferTask` for the request.
 
         MONAI Label's own method takes any path that exists for an image and the working directory for a missing one;
@@ -212,13 +237,15 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         datastore = datastore or self.datastore()
         task = self._task(request.get("model"))
         request = {**copy.deepcopy(request), **self._case(request, datastore)}
-        path, params = task(request)
+        path, params = task({**request, "check": check} if check else request)
         label = path
+        if request["image_id"]:
+            self._take_note(request, params, datastore, is_asked_for=check is None)
         pixelwise = "restore_label_idx" in request or request.get("grid") == "series"
         if request.get("save_label") and request["image_id"]:
             tag = request.get("label_tag") or DefaultLabelTag.ORIGINAL
             tag = str(getattr(tag, "value", tag))  # an enum in MONAI Label's batch, text in a request
-            info = {"model": task.model_id, "params": params}
+            info = {"model": task.model_id, "params": _without_embedding(params)}
             try:
                 label = _keep_prediction(datastore, request["image_id"], path, tag, info)
             except BaseException:
@@ -227,6 +254,27 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         if pixelwise and isinstance(datastore, PacsStudies) and request["image_id"]:
             datastore.write_pixelwise(request["image_id"], Path(path))
         return {"label": label, "tag": DefaultLabelTag.ORIGINAL.value, "file": path, "params": params}
+
+    def _infer_in_turn(self, request: dict[str, Any], check: Check) -> dict[str, Any]:
+        """Segment one image nobody waits for."""
+        answer = self.infer(request, check=check)
+        return {**answer, "file": Path(answer["file"])}
+
+    def _take_note(
+        self, request: dict[str, Any], params: dict[str, Any], datastore: Datastore, *, is_asked_for: bool
+    ) -> None:
+        """Keep what was measured; whoever asked has the image in work. Adds what Dice to expect to `params`."""
+        image, client = request["image_id"], str(request.get("client_id") or "")
+        try:
+            self.casebook.note_prediction(image, params, datastore)
+            version = self.store.version(params["model"], params["model_version"])
+            params["expected_dice"] = self.casebook.expected_dice(version, params["uncertainty"]["agreement"])
+            if is_asked_for:
+                self.casebook.index.note_interest(params["model"], client)
+                if client:
+                    self.casebook.index.renew(image, client, self.config.lease_minutes * 60, model=params["model"])
+        except (MSHubError, OSError) as error:  # the prediction is what counts
+            logger.error("what was measured of %s is not kept: %s", image, error)
 
     def infer_dicom(self, request: dict[str, Any], format: str) -> Path:
         """Segment one series of the PACS, and return the label as a temporary DICOM file; `format` as `FORMATS`."""
@@ -260,28 +308,74 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         return isinstance(session, dict) and session.get("image") == image and folder in path.parents
 
     def next_sample(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Return the next case to label; 404 for an unknown strategy.
+        """Return the next case to label, or why there is none; 404 for an unknown strategy or model.
 
-        Of a PACS, which holds more than one model is for, only series of the model's modality are offered.
+        For ``model``, or else the one the client used last, or the only one there is. Of a PACS, which holds more than
+        one model is for, only series of the model's modality are offered.
         """
         strategy = request.get("strategy") or "random"
         if strategy not in self._strategies:
             raise not_found("strategy", str(strategy), sorted(self._strategies))
-        model = request.get("model")
-        if model in self._served() and isinstance(self.datastore(), PacsStudies):
-            channels = self.store.current(model).channels
-            request = {**request, "modalities": sorted({str(channel.modality) for channel in channels} - {"other"})}
-        sample: dict[str, Any] = super().next_sample(request)
-        return sample
+        client, model = str(request.get("client_id") or ""), self._model_for(request)
+        request = {**request, "model": model}
+        if model is not None:
+            self.casebook.index.note_interest(model, client)
+            request["modalities"] = self._modalities(self.store.current(model))
+        with as_http_errors():
+            sample: dict[str, Any] = self._strategies[strategy](request, self.datastore())
+        hint = self.casebook.hint(model) if model is not None else None
+        sample = {**sample, **({"hint": hint} if hint else {})}
+        if "id" not in sample:
+            return sample
+        datastore = self.datastore()
+        if sample["strategy"] and isinstance(datastore, StudiesFolder):
+            datastore.note_offer(sample["id"], sample["strategy"], client)
+        return {**sample, "path": datastore.get_image_uri(sample["id"])}
+
+    def _model_for(self, request: dict[str, Any]) -> str | None:
+        """Return the model a client wants cases for."""
+        served = self._served()
+        if request.get("model"):
+            return self._task(request["model"]).model_id
+        last = self.casebook.index.last_model(str(request.get("client_id") or ""))
+        return last if last in served else served[0] if len(served) == 1 else None
+
+    def _modalities(self, version: ModelVersion) -> list[str]:
+        """Return which series of a PACS a version is for; none where that does not matter."""
+        kinds = sorted({str(channel.modality) for channel in version.channels} - {"other"})
+        return kinds if isinstance(self.datastore(), PacsStudies) else []
+
+    def resume_prelabelling(self, batch: int) -> dict[str, Any]:
+        """Let a stopped batch go on; 404 for an unknown one."""
+        told = self.prelabels.resume(batch)
+        if self.spare_time:
+            self.spare_time.wake()
+        return told
+
+    def start_prelabelling(self, model: str, request: dict[str, Any]) -> dict[str, Any]:
+        """Start a batch of pre-labels; see `Prelabels.start`. 404 for an unknown model."""
+        version = self.store.current(self._task(model).model_id)
+        with as_http_errors():
+            batch = self.prelabels.start(version, request, self._modalities(version), self._studies())
+        if self.spare_time:
+            self.spare_time.wake()
+        return batch
 
     def on_save_label(self, image_id: str, label_id: str) -> dict[str, Any]:
-        """Return what the answer to a submitted label says of it: what was reviewed, what is odd, and the PACS."""
+        """Return what the answer to a submitted label says of it, and let others have the image.
+
+        What was reviewed, how it agrees with the pre-label, what is odd or looks unfinished, and the PACS.
+        """
         datastore = self._studies()
         tags = datastore.get_labels_by_image_id(image_id)
         if DefaultLabelTag.FINAL.value not in tags:
             return {}
+        try:
+            self.casebook.note_submission(image_id, datastore)
+        except MSHubError as error:  # the label is stored, and that is what counts
+            logger.error("how the label of %s agrees with its pre-label is not kept: %s", image_id, error)
         info = datastore.get_label_info(image_id, DefaultLabelTag.FINAL.value)
-        return {key: info[key] for key in ("reviewed", "doubts", "pacs") if key in info}
+        return {key: info[key] for key in ("reviewed", "agreement", "doubts", "hints", "pacs") if key in info}
 
     def labels_of(self, image: str) -> dict[str, Any]:
         """Return what is known of an image's labels, by tag, and of SEGs left out; 404 for an unknown image."""
@@ -371,6 +465,16 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         if not isinstance(model, str) or model not in self._trainers:
             self._refuse_model(model)
         return self._trainers[model]
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _without_embedding(params: dict[str, Any]) -> dict[str, Any]:
+    """Return the facts of a prediction as the datastore's index keeps them: it is read often, and kept small."""
+    measured = params.get("uncertainty") or {}
+    return {**params, "uncertainty": {key: value for key, value in measured.items() if key != "embedding"}}
 
 
 def _chosen_series(request: dict[str, Any]) -> dict[str, str]:

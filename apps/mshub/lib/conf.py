@@ -34,6 +34,14 @@ class Config:
         Profile of requests that name none: see `mshub.nnunet.predictor.PROFILES`.
     cache_gb : float
         Memory for the weights of warm networks.
+    lease_minutes : float
+        How long a case that was offered to somebody is offered to nobody else.
+    audit_every : int
+        Every so many choices of a strategy, a case is drawn at random for the hold-out; 0: never.
+    idle_minutes : float
+        At most so many minutes of an hour are spent on looking at cases while nobody needs the server; 0: none.
+    idle_cases : int
+        So many waiting cases of a model, at most, are looked at: of a large PACS a random sample.
     """
 
     home: Path
@@ -41,6 +49,10 @@ class Config:
     device: str = "auto"
     profile: str = "accurate"
     cache_gb: float = 8.0
+    lease_minutes: float = 60.0
+    audit_every: int = 5
+    idle_minutes: float = 30.0
+    idle_cases: int = 200
 
     @classmethod
     def parse(cls, conf: Mapping[str, str], environment: Mapping[str, str] | None = None) -> Config:
@@ -64,7 +76,13 @@ class Config:
             models=tuple(name.strip() for name in chosen.get("models", "").split(",") if name.strip()),
             device=_device(chosen.get("device") or cls.device),
             profile=_one_of("profile", chosen.get("profile") or cls.profile, tuple(PROFILES)),
-            cache_gb=_positive("cache_gb", chosen.get("cache_gb") or cls.cache_gb),
+            cache_gb=_number("cache_gb", chosen.get("cache_gb") or cls.cache_gb, "gigabytes"),
+            lease_minutes=_number("lease_minutes", chosen.get("lease_minutes") or cls.lease_minutes, "minutes"),
+            audit_every=int(_number("audit_every", chosen.get("audit_every") or cls.audit_every, "choices", least=0)),
+            idle_minutes=_number(
+                "idle_minutes", chosen.get("idle_minutes") or cls.idle_minutes, "minutes", least=0, most=60
+            ),
+            idle_cases=int(_number("idle_cases", chosen.get("idle_cases") or cls.idle_cases, "cases", least=0)),
         )
 
 
@@ -94,11 +112,16 @@ def _device(name: str) -> str:
     return name
 
 
-def _positive(key: str, value: str | float) -> float:
+def _number(
+    key: str, value: str | float, unit: str, *, least: float | None = None, most: float = float("inf")
+) -> float:
+    """Return a number of at least `least`, or a positive one."""
     try:
         number = float(value)
     except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise ConfigError(f"{key} is {value!r}; expected a positive number of gigabytes.")
-    return number
+        number = float("nan")
+    if (number >= least if least is not None else number > 0) and number <= most and number < float("inf"):
+        return number
+    expected = f"a number of {unit} from {least:g}" if least is not None else f"a positive number of {unit}"
+    limit = f" to {most:g}" if most < float("inf") else ""
+    raise ConfigError(f"{key} is {value!r}; expected {expected}{limit}.")

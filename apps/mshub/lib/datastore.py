@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from datetime import datetime, timezone
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from monailabel.datastore.local import DataModel, LocalDatastore
 from monailabel.interfaces.datastore import DefaultLabelTag
 
 from lib.faults import as_http_errors, check_name
-from lib.reviews import reviewed_case
+from lib.reviews import patient_of, reviewed_case
+from mshub.agreement import agreement
 from mshub.atomic_file import replace_by_copy, replace_json
 from mshub.card_tables import Channel
 from mshub.case_folders import PATIENTS, read_patients
@@ -27,6 +29,7 @@ from mshub.corrections import Correction, read_correction
 from mshub.doubts import label_doubts
 from mshub.errors import MSHubError
 from mshub.geometry import Array, Grid
+from mshub.label_quality import label_hints
 from mshub.store import utc_now
 from mshub.volume_io import read_grid, read_volume
 
@@ -143,8 +146,9 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
             ``final``, or another name.
         label_info : dict
             Needs ``label_info``, the names of the segments: see `mshub.corrections.read_correction`. Stored with it are
-            ``reviewed`` (structures a person looked at), ``voxels``, ``started_from`` (model and version of the
-            pre-label), ``submitted`` (UTC) and ``doubts`` (sentences for whoever decides about a version).
+            ``reviewed`` (structures a person looked at), ``voxels`` and ``volumes_ml``, ``started_from`` (model and
+            version of the pre-label), ``agreement`` with it (`mshub.agreement.Agreement`), ``submitted`` (UTC),
+            ``doubts`` (sentences for whoever decides about a version) and ``hints`` (for whoever drew it).
 
         Raises
         ------
@@ -163,26 +167,40 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
                 kept = self._refused.keep(Path(label_filename), image_id, label_tag, label_info, str(error))
                 raise type(error)(f"{error} The submitted file is kept on the server as {kept}.") from error
         predicted = started_from.get("params", {}).get("voxel_counts", {})
+        reviewed = list(correction.reviewed([name for name, voxels in predicted.items() if voxels]))
         facts = {
-            "reviewed": list(correction.reviewed([name for name, voxels in predicted.items() if voxels])),
+            "reviewed": reviewed,
             "voxels": correction.voxels,
+            "volumes_ml": _volumes_ml(correction, reviewed),
             "started_from": _origin(started_from),
             "submitted": utc_now(),
-            "doubts": self._doubts(image_id, correction, started_from),
+            "hints": self._hints(image_id, correction, reviewed),
+            **self._beside_prelabel(image_id, correction, reviewed, started_from),
         }
         return self._store_label(image_id, Path(label_filename), label_tag, {**label_info, **facts})
 
-    def _doubts(self, image_id: str, correction: Correction, prelabel: dict[str, Any]) -> list[str]:
-        """Return what is odd about a correction beside the pre-label it started from."""
+    def _beside_prelabel(
+        self, image_id: str, correction: Correction, reviewed: list[str], prelabel: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Return ``doubts`` and ``agreement`` of a correction and the pre-label it started from."""
         path = Path(self.get_label_uri(image_id, DefaultLabelTag.ORIGINAL.value))
         names = prelabel.get("params", {}).get("label_names", {})
-        if not names or not path.is_file():
-            return []
-        predicted = read_volume(path, allow_constant=True).array_xyz
-        submitted = correction.labels.array_xyz
-        if predicted.shape != submitted.shape:
-            return []
-        return label_doubts(correction.values, submitted, correction.values, predicted, names)
+        submitted, values = correction.labels.array_xyz, correction.values
+        predicted = read_volume(path, allow_constant=True).array_xyz if names and path.is_file() else None
+        if predicted is None or predicted.shape != submitted.shape:
+            return {"doubts": []}
+        doubts = label_doubts(values, submitted, values, predicted, names)
+        return {"doubts": doubts, "agreement": agreement(reviewed, submitted, values, predicted, names).as_dict()}
+
+    def _hints(self, image_id: str, correction: Correction, reviewed: list[str]) -> list[str]:
+        """Return what looks unfinished in a label, also beside the other labels here."""
+        usual: dict[str, list[float]] = {}
+        for other, item in list(self._datastore.objects.items()):
+            final = item.labels.get(DefaultLabelTag.FINAL.value)
+            for name, volume in (final.info.get("volumes_ml") or {}).items() if final and other != image_id else ():
+                usual.setdefault(name, []).append(volume)
+        labels = correction.labels
+        return label_hints(labels.array_xyz, correction.values, reviewed, labels.grid.spacing_xyz_mm, usual)
 
     def save_prediction(self, image_id: str, path: Path, label_tag: str, label_info: dict[str, Any]) -> str:
         """Store a label a model made: a pre-label, whose names and numbers are the model's own."""
@@ -193,6 +211,28 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
     def pixelwise(self, image_id: str, array_xyz: Array) -> tuple[Array, Grid]:
         """Return an array of an image's grid as a viewer counts its pixels, and their grid: here the same."""
         return array_xyz, read_grid(Path(self.get_image_uri(image_id)))
+
+    def patients(self, images: Collection[str]) -> dict[str, str]:
+        """Return image id -> patient.
+
+        Raises
+        ------
+        CaseError
+            ``patients.csv`` is not what `mshub.case_folders.read_patients` expects.
+        """
+        known = read_patients(Path(self._datastore.image_path()) / PATIENTS)
+        return {image: patient_of(image, self.get_image_info(image), known) for image in images}
+
+    def image_state(self, image_id: str) -> str:
+        """Return what changes when the image does: names, sizes and times of change of its files."""
+        facts = [(path.name, path.stat()) for path in self.channels(image_id)]
+        return ";".join(f"{name}:{found.st_size}:{found.st_mtime_ns}" for name, found in facts)
+
+    def note_offer(self, image_id: str, strategy: str, client: str) -> None:
+        """Note which strategy offered an image to whom, where MONAI Label does; decides what may judge versions."""
+        offers = dict(self.get_image_info(image_id).get("strategy") or {})
+        offers[strategy] = {"ts": int(time.time()), "client_id": client}
+        self.update_image_info(image_id, {"strategy": offers})
 
     def case_channels(self, image_id: str, channels: Sequence[Channel]) -> list[Path]:
         """Return the files a model with these channels learns an image from: here all it has."""
@@ -219,6 +259,11 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
         labelled = sorted(image for image in images if self.get_label_uri(image, tag))
         cases = [self._reviewed_case(image, channels, patients, structures) for image in labelled]
         return [case for case in cases if case is not None]
+
+    def reviewed_case(self, image_id: str, channels: Sequence[Channel]) -> ReviewedCase | None:
+        """Return one image with its final label, as `reviewed_cases` does; None if a model cannot learn from it."""
+        patients = read_patients(Path(self._datastore.image_path()) / PATIENTS)
+        return self._reviewed_case(image_id, channels, patients, self.structures())
 
     def _known_images(self) -> list[str]:
         """Return the images there may be labels of."""
@@ -332,6 +377,11 @@ class RefusedLabels:
         facts = {"image": image_id, "tag": tag, "reason": reason, "params": info}
         replace_json(self._folder / f"{name}.json", facts)
         return f"{self._folder.name}/{name}"
+
+
+def _volumes_ml(correction: Correction, structures: Sequence[str]) -> dict[str, float]:
+    voxel_ml = prod(correction.labels.grid.spacing_xyz_mm) / 1000
+    return {name: round(correction.voxels[name] * voxel_ml, 4) for name in structures}
 
 
 def _origin(prelabel: dict[str, Any]) -> dict[str, Any] | None:

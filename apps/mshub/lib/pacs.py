@@ -249,6 +249,10 @@ class PacsStudies(StudiesFolder):
         overrides = named if set(named) == {channel.name for channel in channels} else {}
         return self.channel_files(image_id, self.choose_channels(image_id, channels, overrides))
 
+    def image_state(self, image_id: str) -> str:
+        """Return what changes when the series does: its number of images. Nothing is downloaded for it."""
+        return f"{self._facts(image_id).get('NumberOfSeriesRelatedInstances', '')} images"
+
     def _known_images(self) -> list[str]:
         return list(self._datastore.objects)
 

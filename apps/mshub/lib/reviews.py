@@ -64,12 +64,12 @@ def reviewed_case(
         found = _values_found(label, _state(label), images[0])
         reviewed = [name for name, value in values.items() if value in found]
     return ReviewedCase(
-        case_id=_case_id(image_id),
+        case_id=case_id_of(image_id),
         images=tuple(images),
         label=label,
         values=values,
         reviewed=tuple(spelled.get(fold(name), name) for name in reviewed),
-        patient=_patient(image_id, image_info, patients),
+        patient=patient_of(image_id, image_info, patients),
         audit=_offered_by(image_info) <= {AUDIT_STRATEGY},
         facts={key: label_info.get(key) for key in ("client_id", "submitted", "started_from", "doubts")},
     )
@@ -109,7 +109,7 @@ def _state(path: Path) -> tuple[int, int]:
     return facts.st_size, facts.st_mtime_ns
 
 
-def _case_id(image_id: str) -> str:
+def case_id_of(image_id: str) -> str:
     """Return the image's id, or one made of it where it holds what a training's file names may not."""
     if _SAFE.fullmatch(image_id):
         return image_id
@@ -117,7 +117,8 @@ def _case_id(image_id: str) -> str:
     return f"case-{cleaned}-{hashlib.sha256(image_id.encode()).hexdigest()[:8]}"
 
 
-def _patient(image_id: str, image_info: Mapping[str, Any], patients: Mapping[str, str]) -> str:
+def patient_of(image_id: str, image_info: Mapping[str, Any], patients: Mapping[str, str]) -> str:
+    """Return whose image it is: as DICOM or a client said, as the table of patients says, or nobody else's."""
     known = [image_info.get("PatientID"), image_info.get("patient"), patients.get(image_id)]
     return next((text for text in (str(name or "").strip() for name in known) if text), image_id)
 

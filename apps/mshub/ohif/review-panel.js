@@ -4,7 +4,22 @@ import { NAMED_AT_MOST, bar, button, duration, heading, link, moment, muted } fr
 import { element } from './dom.js';
 import { Panel } from './panel.js';
 import { exportAddress } from './server.js';
+import { changes, progress } from './words.js';
 import { storedIn, titleOf, workbench } from './workbench.js';
+
+/** The strategies as orders of cases; one that is not among them is shown by its own name. */
+const ORDERS = {
+  random: 'Random',
+  first: 'First of the list',
+  uncertainty: 'Least sure first',
+  class_stratified: 'Structures in turn',
+  diversity: 'Most different first',
+  hybrid: 'Unsure and different',
+  worst_first: 'Likely failures first',
+  relabel: 'Doubtful labels',
+};
+const orderOf = strategy => ORDERS[strategy] ?? spoken(strategy);
+const spoken = name => name.replace(/^mshub[_-]/, '').replaceAll(/[_-]/g, ' ');
 
 const draft = [
   bench => bench.draft() && { title: bench.draft().title, at: moment(bench.draft().at) },
@@ -73,12 +88,16 @@ const submission = [
     if (!shown) {
       return null;
     }
-    const { pacs, doubts = [], unchanged, at, reviewed = [] } = shown;
+    const { pacs, doubts = [], hints = [], agreement, unchanged, at, reviewed = [] } = shown;
+    const changed = agreement && !(unchanged && !agreement.edited_voxels) ? changes(agreement) : null;
     return element(
       'div',
       { class: 'mshub-note', role: 'status', 'data-cy': 'mshub-submitted' },
       element('b', {}, `Submitted ${at}${unchanged ? ', unchanged' : ''}.`),
       reviewed.length ? element('span', { class: 'mshub-block' }, `Reviewed: ${reviewedText(reviewed)}.`) : null,
+      changed
+        ? element('span', { class: 'mshub-block', title: changed.title, 'data-cy': 'mshub-changes' }, changed.text)
+        : null,
       element(
         'span',
         { class: `mshub-block${pacs?.stored === false ? ' mshub-warning' : ''}`, 'data-cy': 'mshub-pacs' },
@@ -89,6 +108,18 @@ const submission = [
             'ul',
             { class: 'mshub-warning', 'data-cy': 'mshub-doubts' },
             doubts.map(doubt => element('li', {}, doubt))
+          )
+        : null,
+      hints.length
+        ? element(
+            'div',
+            { 'data-cy': 'mshub-hints' },
+            'May be unfinished:',
+            element(
+              'ul',
+              {},
+              hints.map(hint => element('li', {}, hint))
+            )
           )
         : null
     );
@@ -149,8 +180,9 @@ const next = [
     strategy: bench.strategy,
     isAsking: bench.findingNext,
     suggestion: bench.suggestion?.SeriesInstanceUID === bench.series?.uid ? bench.suggestion : null,
+    advice: bench.advice,
   }),
-  ({ strategies, strategy, isAsking, suggestion }) =>
+  ({ strategies, strategy, isAsking, suggestion, advice }) =>
     strategies.length > 0 && [
       element(
         'div',
@@ -164,7 +196,7 @@ const next = [
             onchange: event => workbench.setStrategy(event.target.value),
           },
           strategies.map(({ name, description }) =>
-            element('option', { value: name, selected: name === strategy, title: description }, spoken(name))
+            element('option', { value: name, selected: name === strategy, title: description }, orderOf(name))
           )
         ),
         button('next', isAsking ? 'Asking …' : 'Next case', {
@@ -173,14 +205,105 @@ const next = [
           title: 'Open the next case (Shift+N)',
         })
       ),
+      suggestion?.audit ? audit() : null,
       suggestion?.why
         ? element('p', { class: 'mshub-note', 'data-cy': 'mshub-why' }, `Why this case: ${suggestion.why}`)
         : null,
+      advice ? element('p', { class: 'mshub-note', role: 'note', 'data-cy': 'mshub-hint' }, advice) : null,
     ],
 ];
 
-/** The name of a strategy as words. */
-const spoken = name => name.replace(/^mshub[_-]/, '').replaceAll(/[_-]/g, ' ');
+const audit = () =>
+  element(
+    'p',
+    {
+      class: 'mshub-note',
+      title: 'New versions may be judged by this case, as it was not chosen for what the model makes of it.',
+      'data-cy': 'mshub-audit',
+    },
+    element('span', { class: 'mshub-mark' }, 'Random case for the hold-out')
+  );
+
+let failuresAreOpen = false;
+
+const preparation = [
+  bench => {
+    const { batches, limit } = bench.preparation;
+    return (
+      batches && {
+        limit,
+        batch: bench.preparation.batch(),
+        reason: bench.preparation.reasonNotToStart(),
+        order: orderOf(bench.strategy ?? ''),
+        title: bench.chosen() && titleOf(bench.chosen()),
+      }
+    );
+  },
+  shown =>
+    shown && [
+      heading('Prepare cases'),
+      shown.batch?.state === 'running' ? null : preparationStart(shown),
+      shown.batch ? preparationProgress(shown.batch) : null,
+    ],
+];
+
+const preparationStart = ({ limit, reason, order, title }) =>
+  element(
+    'div',
+    { class: 'mshub-row' },
+    element(
+      'label',
+      { class: 'mshub-count' },
+      element('input', {
+        type: 'number',
+        min: 1,
+        step: 1,
+        value: limit,
+        'data-cy': 'mshub-prepare-limit',
+        onchange: event => workbench.preparation.setLimit(event.target.value),
+      }),
+      ' cases'
+    ),
+    button('prepare', 'Prepare', {
+      act: () => workbench.preparation.start(),
+      reason,
+      title: `Let ${title} segment the first cases by “${order}” while nobody waits for the server`,
+    })
+  );
+
+function preparationProgress(batch) {
+  const [isRunning, isStopped] = [batch.state === 'running', batch.state === 'stopped'];
+  return element(
+    'div',
+    { class: 'mshub-progress', role: 'status', title: startOf(batch), 'data-cy': 'mshub-prepared' },
+    isRunning ? bar('prepared-bar', batch.ended, batch.total) : null,
+    element(
+      'div',
+      { class: 'mshub-row' },
+      element('span', isRunning ? {} : { class: 'mshub-note' }, progress(batch)),
+      isRunning ? button('prepare-stop', 'Stop', { act: () => workbench.preparation.stop(), title: STOPPING }) : null,
+      isStopped ? button('prepare-go-on', 'Go on', { act: () => workbench.preparation.goOn(), title: GOING_ON }) : null
+    ),
+    batch.failures.length ? failuresOf(batch) : null
+  );
+}
+
+const STOPPING = 'Stop before the next case; what is prepared is kept';
+const GOING_ON = 'Go on with the cases that wait';
+const startOf = ({ client, created, options }) =>
+  `Started by ${client || 'somebody'}, ${moment(created)}, in the order “${orderOf(options.strategy)}”`;
+
+const failuresOf = ({ failures }) =>
+  element(
+    'details',
+    { open: failuresAreOpen, 'data-cy': 'mshub-prepare-failures' },
+    element('summary', { onclick: () => (failuresAreOpen = !failuresAreOpen) }, 'Why some failed'),
+    element(
+      'ul',
+      { class: 'mshub-note' },
+      failures.map(({ image, message }) => element('li', { title: image }, message))
+    )
+  );
 
 const training = [
   bench => ({
@@ -241,7 +364,7 @@ function lastTraining({ status, message, version, outcome, report }) {
 }
 
 export class OutcomePanel extends Panel {
-  static sections = [submission, labels, leftOut, training];
+  static sections = [submission, labels, leftOut, preparation, training];
 }
 
 export class ReviewPanel extends Panel {

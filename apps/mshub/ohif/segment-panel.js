@@ -3,6 +3,7 @@
 import { NAMED_AT_MOST, bar, button, duration, heading, link, moment, muted } from './controls.js';
 import { element } from './dom.js';
 import { Panel } from './panel.js';
+import { sureness } from './words.js';
 import { titleOf, workbench } from './workbench.js';
 
 const PERCENT = 100;
@@ -243,6 +244,20 @@ const run = [
       : null,
 ];
 
+const prelabel = [
+  bench => {
+    const { model_version: version, ts } = bench.prelabel() ?? {};
+    return version && { version, at: moment(ts), isNewest: version === bench.chosen()?.facts.version };
+  },
+  shown =>
+    shown &&
+    button('prelabel', 'Show pre-label', {
+      look: 'mshub-wide',
+      act: () => workbench.showPrelabel(),
+      title: `What version ${shown.version} found, ${shown.at}${shown.isNewest ? '' : '; another version is in use now'}`,
+    }),
+];
+
 const progress = [
   ({ run: active }) =>
     active && {
@@ -274,23 +289,35 @@ function progressText({ stage, done, total, left, seconds }) {
 }
 
 const result = [
-  ({ lastRun, run: active }) => (active ? null : lastRun && { ...lastRun, image: undefined }),
+  ({ lastRun, run: active }) => {
+    if (active || !lastRun) {
+      return null;
+    }
+    const { seconds, ts, model_version: version, voxel_counts: counts } = lastRun;
+    return { seconds, ts, version, counts, sure: sureness(lastRun) };
+  },
   shown => {
     if (!shown) {
       return null;
     }
-    const counts = Object.entries(shown.voxel_counts ?? {});
+    const { version = 'not known', sure } = shown;
+    const counts = Object.entries(shown.counts ?? {});
     const absent = counts.filter(([, count]) => !count).map(([name]) => name);
     return element(
       'p',
       { class: 'mshub-note', role: 'status', 'data-cy': 'mshub-result' },
-      `Segmented in ${duration(shown.seconds)} with version ${shown.model_version ?? 'not known'}.`,
+      shown.ts
+        ? `Pre-label of version ${version}, ${moment(shown.ts)}.`
+        : `Segmented in ${duration(shown.seconds)} with version ${version}.`,
       absent.length
         ? element(
             'span',
             { class: 'mshub-block', title: `Not found: ${absent.join(', ')}` },
             absentText(absent, counts.length)
           )
+        : null,
+      sure
+        ? element('span', { class: 'mshub-block', title: sure.title, 'data-cy': 'mshub-sureness' }, `${sure.text}.`)
         : null
     );
   },
@@ -302,5 +329,5 @@ const absentText = (absent, all) =>
     : `Not found: ${absent.join(', ')}.`;
 
 export class SegmentPanel extends Panel {
-  static sections = [trouble, subject, models, details, channels, run, progress, result];
+  static sections = [trouble, subject, models, details, channels, run, prelabel, progress, result];
 }

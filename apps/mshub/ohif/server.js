@@ -57,8 +57,14 @@ export const labels = image => json(`/mshub/labels/${segment(image)}`);
 export const nextCase = (strategy, content) => json(`/activelearning/${segment(strategy)}`, posted(content));
 export const startTraining = (model, content) => json(`/train/${segment(model)}`, posted(content));
 export const stopTraining = () => json('/train/', { method: 'DELETE' });
+/** All batches of pre-labels, newest first. */
+export const prelabellings = () => json('/mshub/prelabels');
+export const prelabelling = batch => json(`/mshub/prelabels/${segment(batch)}`);
+export const startPrelabelling = (model, content) => json(`/mshub/prelabels/${segment(model)}`, posted(content));
+export const stopPrelabelling = batch => json(`/mshub/prelabels/${segment(batch)}`, { method: 'DELETE' });
+export const resumePrelabelling = batch => json(`/mshub/prelabels/${segment(batch)}`, { method: 'PUT' });
 
-/** The address of a submitted label as a file; `format` is nrrd, seg or rtstruct. */
+/** The address of a stored label as a file; `format` is nrrd, seg or rtstruct. */
 export const exportAddress = (image, format, tag = 'final') => at(`/mshub/export/${segment(image)}`, { tag, format });
 
 /** The training at work, or else the last one; null if there never was one. */
@@ -99,8 +105,8 @@ export function submit(image, label, params) {
   return json(at('/datastore/label', { image, tag: 'final' }), { method: 'PUT', body });
 }
 
-/** A submitted label: its raw NRRD, and its segments by name. */
-export async function submitted(image, tag = 'final') {
+/** A stored label: its raw NRRD, and its segments by name. */
+export async function stored(image, tag = 'final') {
   const response = await ask(exportAddress(image, 'nrrd', tag));
   const names = JSON.parse(response.headers.get('X-MSHub-Segments') ?? '{}');
   return { names, image: await response.arrayBuffer() };

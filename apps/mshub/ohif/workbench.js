@@ -5,8 +5,10 @@
 
 import { ask } from './dialog.js';
 import { fingerprint, readLabel, seriesOf, showLabel, undrawn } from './labelmaps.js';
+import { Preparation } from './preparation.js';
 import { activeSeries } from './series.js';
 import * as server from './server.js';
+import { sentence } from './words.js';
 
 const RUN_POLL_MS = 700;
 const TRAINING_POLL_MS = 1500;
@@ -28,15 +30,17 @@ export class Workbench extends EventTarget {
     this.channelProblem = null;
     this.overrides = {}; // channel name -> SeriesInstanceUID, the user's choice
     this.run = null; // the prediction at work
-    this.lastRun = null; // facts of the last one
+    this.lastRun = null; // facts of the last one, or of the pre-label that is shown
     this.submitting = false;
     this.submission = null; // what the server said of the last submitted label
     this.tags = {}; // labels the server has of this series
     this.leftOut = []; // SEGs of this series in the PACS that are no label here, and why
     this.strategy = null;
     this.suggestion = null; // the case the server named, and why
+    this.advice = null; // what the server says of labelling on
     this.findingNext = false;
     this.training = null; // the task at work, or the last one
+    this.preparation = new Preparation(this);
     this.reviewer = localStorage.getItem(NAME_KEY) ?? '';
     this.records = new Map(); // segmentation id -> what is known of it
     this.drafts = new Map(); // SeriesInstanceUID -> a label that was left without submitting it
@@ -151,6 +155,7 @@ export class Workbench extends EventTarget {
       this.readChannels();
       this.readLabels();
       this.lookForTraining();
+      this.preparation.look();
     } catch (error) {
       this.problem = error.message;
     }
@@ -190,6 +195,7 @@ export class Workbench extends EventTarget {
   choose(model) {
     this.model = model;
     this.overrides = {};
+    this.advice = null;
     this.readChannels();
     this.changed();
   }
@@ -347,6 +353,7 @@ export class Workbench extends EventTarget {
       const record = { model: model.id, version };
       await this.show(series, image, { title, names: facts.label_names, colours: model.facts.colours, record });
       this.lastRun = { ...facts, seconds: (Date.now() - this.run.started) / 1000 };
+      this.readLabels();
     } catch (error) {
       if (error.name !== 'AbortError') {
         this.fail(`${titleOf(model)} failed`, error);
@@ -356,6 +363,27 @@ export class Workbench extends EventTarget {
       this.run = null;
       this.changed();
     }
+  }
+
+  /** What the server keeps of the chosen model for this series, while nothing is shown; null if there is nothing. */
+  prelabel() {
+    const { params, ts } = this.tags.original ?? {};
+    return params && params.model === this.model && !this.run && !this.active() ? { ...params, ts } : null;
+  }
+
+  /** Show the pre-label as if the model had run just now. */
+  async showPrelabel() {
+    const [{ series }, model, facts] = [this, this.chosen(), this.prelabel()];
+    try {
+      const { names, image } = await server.stored(series.uid, 'original');
+      const title = [titleOf(model), facts.model_version].filter(Boolean).join(' ');
+      const record = { model: model.id, version: facts.model_version };
+      await this.show(series, image, { title, names, colours: model.facts.colours, record });
+      this.lastRun = facts;
+    } catch (error) {
+      this.fail('The pre-label cannot be shown', error);
+    }
+    this.changed();
   }
 
   /** Show an empty segmentation with the structures of the chosen model, to draw them. */
@@ -471,7 +499,7 @@ export class Workbench extends EventTarget {
   async loadSubmitted() {
     const { series } = this;
     try {
-      const { names, image } = await server.submitted(series.uid);
+      const { names, image } = await server.stored(series.uid);
       const colours = this.information?.models?.[this.tags.final?.model]?.mshub?.colours;
       const record = { model: this.tags.final?.model };
       await this.show(series, image, { title: 'Submitted label', names, colours, record });
@@ -524,11 +552,16 @@ export class Workbench extends EventTarget {
     try {
       const skip = this.series ? [this.series.uid] : [];
       const found = await server.nextCase(this.strategy, { client_id: this.client(), model: this.model, skip });
+      this.advice = found.hint ?? null;
       if (!found.StudyInstanceUID) {
-        this.tell('Nothing waits', 'Every case for this model has a reviewed label.', 'info');
+        this.tell('No next case', sentence(found.why ?? 'every case for this model has a reviewed label'), 'info');
         return;
       }
       this.suggestion = found;
+      if (found.SeriesInstanceUID === this.series?.uid) {
+        this.tell('No other case', sentence(`the one that is open comes next: ${found.why}`), 'info');
+        return;
+      }
       this.open(found);
     } catch (error) {
       this.fail('No next case', error);

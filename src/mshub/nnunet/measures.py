@@ -26,6 +26,8 @@ Means = Callable[[torch.Tensor], torch.Tensor]
 
 VOXELS_AT_ONCE = 2**18
 """So many voxels of all classes are looked at together, which bounds the memory it takes."""
+COARSE = 4
+"""Every so many voxels of a tile, along each axis, tell how much of it is structures."""
 TINY = 1e-12
 
 
@@ -52,14 +54,20 @@ class Heads:
         """Return label maps, axes (map, *spatial): one of all structures, or one of each region."""
         if self.has_regions:
             return (outputs > 0).to(torch.uint8)
-        labels: torch.Tensor = outputs.argmax(0, keepdim=True)
-        return labels.to(torch.uint8 if len(outputs) <= 256 else torch.int16)
+        winners: torch.Tensor = outputs.max(0, keepdim=True).indices  # faster than argmax on a CPU
+        return winners.to(torch.uint8 if len(outputs) <= 256 else torch.int16)
 
-    def log_probabilities(self, outputs: torch.Tensor) -> torch.Tensor:
-        """Return the logarithms of the probabilities of the channels, axes (channel, voxel), float32."""
+    def probabilities(self, outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the channels' probabilities, axes (channel, voxel), float32, and the entropies of the voxels."""
         if self.are_probabilities:
-            return outputs.float().clamp_min(TINY).log()
-        return outputs.float().log_softmax(0)
+            chances = outputs.float()
+            return chances, -(chances.clamp_min(TINY).log() * chances).sum(0)
+        logits = outputs.float()
+        logits -= logits.amax(0)
+        chances = logits.exp()
+        total = chances.sum(0)
+        entropy = total.log() - (logits.mul_(chances)).sum(0) / total
+        return chances.div_(total), entropy
 
 
 class Votes:
@@ -128,11 +136,20 @@ class Measures:
         """Take note of what the encoder made of a tile: a forward hook."""
         self._deepest = output[-1] if isinstance(output, (list, tuple)) else output
 
-    def one_pass(self, output: torch.Tensor) -> None:
-        """Look at the output for one tile or a mirrored copy of it, turned back; axes (1, channel, *spatial)."""
-        self._passes.append(self._heads.label_maps(output[0]))
-        if len(self._passes) == 1 and not self._fold_maps:  # features of other folds cannot be compared
-            self._keep_features()
+    def one_pass(self, output: torch.Tensor, passes: int) -> None:
+        """Look at the output for one tile or a mirrored copy of it, turned back.
+
+        Parameters
+        ----------
+        output : Tensor, axes (1, channel, *spatial)
+        passes : int
+            How many there are of each tile.
+        """
+        if self._deepest is not None and not self._fold_maps:  # features of other folds cannot be compared
+            self._keep_features(self._deepest, output[0])
+        self._deepest = None
+        if passes > 1:
+            self._passes.append(self._heads.label_maps(output[0]))
 
     def end_of_tile(self) -> None:
         """Compare the passes over a tile."""
@@ -144,13 +161,14 @@ class Measures:
         maps = [self._heads.label_maps(part) for part in outputs.split(_slices(outputs), dim=1)]
         self._fold_maps.append(torch.cat(maps, dim=1).cpu())
 
-    def _keep_features(self) -> None:
-        if self._deepest is None:
+    def _keep_features(self, deepest: torch.Tensor, output: torch.Tensor) -> None:
+        """Keep mean and spread of the features of a tile, and how much of it is structures; of the first pass only."""
+        if self._passes:
             return
-        deep = self._deepest[0].float().flatten(1)
+        deep = deepest[0].float().flatten(1)
         self._features.append(torch.cat([deep.mean(1), deep.std(1, correction=0)]).cpu())
-        self._weights.append(1.0 + float((self._passes[0] != 0).sum()))
-        self._deepest = None
+        some = self._heads.label_maps(output[(slice(None), *[slice(None, None, COARSE)] * (output.ndim - 1))])
+        self._weights.append(1.0 + float((some != 0).any(0).sum()))
 
     # -- afterwards ---------------------------------------------------------------------------------------------
 
@@ -205,9 +223,8 @@ class _Probabilities:
 
     def _look_at_labels(self, outputs: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
         """Take in some voxels, axes (channel, voxel); returns their entropies, 0 to 1."""
-        logarithms, labels = self._heads.log_probabilities(outputs), maps[0].long()
-        probabilities = logarithms.exp()
-        entropy = -(probabilities * logarithms).sum(0) / float(np.log(len(outputs)))
+        (probabilities, entropy), labels = self._heads.probabilities(outputs), maps[0].long()
+        entropy /= float(np.log(len(outputs)))
         own = probabilities.gather(0, labels[None])[0]
         bins = partial(torch.bincount, minlength=len(outputs))
         self._add(probabilities.sum(1), bins(labels, weights=own), probabilities @ entropy, bins(labels), skip=1)

@@ -99,7 +99,7 @@ class SlidingWindow(nnUNetPredictor):  # type: ignore[misc]
             output = self._outcome(torch.flip(x, axes) if axes else x)
             output = torch.flip(output, axes) if axes else output
             if self._measures is not None:
-                self._measures.one_pass(output)
+                self._measures.one_pass(output, len(flips))
             yield output
         if self._measures is not None:
             self._measures.end_of_tile()

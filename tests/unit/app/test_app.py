@@ -305,34 +305,24 @@ def test_the_first_channel_is_what_a_client_shows_of_a_case(app: MSHubApp, label
     assert Path(app.next_sample({})["path"]).name == "mr_0000.nii.gz"
 
 
-def test_random_works_when_every_case_was_offered_this_second(app: MSHubApp) -> None:
-    import time
-
-    for image in app.datastore().list_images():
-        offered = {"strategy": {"random": {"ts": int(time.time()), "client_id": "me"}}}
-        app.datastore().update_image_info(image, offered)
-    assert {app.next_sample({"strategy": "random"})["id"] for _ in range(60)} == {"a", "b", "mr"}
-
-
-def test_a_case_offered_long_ago_comes_before_one_offered_now(app: MSHubApp, monkeypatch: pytest.MonkeyPatch) -> None:
-    import time
-
-    for image in ("b", "mr"):
-        app.datastore().update_image_info(image, {"strategy": {"random": {"ts": int(time.time())}}})
-    app.datastore().update_image_info("a", {"strategy": {"random": {"ts": int(time.time()) - 10**7}}})
-    assert [app.next_sample({})["id"] for _ in range(20)] == ["a"] * 20
+def test_every_case_is_offered_before_one_is_offered_again(app: MSHubApp) -> None:
+    assert {app.next_sample({"strategy": "random"})["id"] for _ in range(3)} == {"a", "b", "mr"}
+    again = app.next_sample({"strategy": "random"})
+    assert again["id"] in ("a", "b", "mr")
+    assert "you have it already" in again["why"]
 
 
 def test_nothing_is_offered_when_everything_is_labelled(app: MSHubApp, labelled: Callable[[str], None]) -> None:
     for image in ("a", "b", "mr"):
         labelled(image)
-    assert app.next_sample({"strategy": "random"}) == {}
+    sample = app.next_sample({"strategy": "random"})
+    assert sample == {"why": "every case has a final label", "waiting": 0}
 
 
 @pytest.mark.parametrize("strategy", ["epistemic", "Random", "../random"])
 def test_an_unknown_strategy_is_a_404_that_names_the_known_ones(app: MSHubApp, strategy: str) -> None:
     status, text = refusal(app.next_sample, {"strategy": strategy})
-    assert (status, "Known: first, random" in text) == (404, True)
+    assert (status, "Known: class_stratified, diversity, first, hybrid, random" in text) == (404, True)
 
 
 def test_no_strategy_means_random(app: MSHubApp) -> None:

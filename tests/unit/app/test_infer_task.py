@@ -153,7 +153,7 @@ def test_the_label_is_the_predictors_on_the_grid_of_the_image(
     assert (params["model"], params["model_version"]) == ("tiny", "v1")
     assert params["provenance"]["profile"] == "fast"
     stages = {key: value for key, value in params["latencies"].items() if key != "total"}
-    assert {"read", "load", "preprocess", "network", "export", "write"} == set(stages)
+    assert {"read", "load", "preprocess", "network", "measure", "export", "write"} == set(stages)
     assert params["latencies"]["total"] == pytest.approx(sum(stages.values()), abs=0.01)
 
 
@@ -256,7 +256,7 @@ def test_a_label_prompt_keeps_the_chosen_structures_only(
 def many_structures(monkeypatch: pytest.MonkeyPatch, image: Path) -> None:
     """Predictions hold 300 structures, of which the last one is there."""
 
-    def predict(self: NNUNetPredictor, images: Any, options: Any, progress: Any) -> Prediction:
+    def predict(self: NNUNetPredictor, images: Any, options: Any, progress: Any, check: Any) -> Prediction:
         grid: Grid = read_grid(image)
         array = np.zeros(grid.shape_xyz, dtype=np.uint16)
         array[0, 0, 0], array[1, 1, 1] = 7, 300
@@ -340,12 +340,14 @@ def test_a_running_prediction_can_be_watched(
     seen: list[dict[str, Any]] = []
     predict = NNUNetPredictor.predict
 
-    def watched(self: NNUNetPredictor, images: Any, options: Any, progress: Callable[[int, int], None]) -> Prediction:
+    def watched(
+        self: NNUNetPredictor, images: Any, options: Any, progress: Callable[[int, int], None], check: Any
+    ) -> Prediction:
         def look(done: int, total: int) -> None:
             progress(done, total)
             seen.extend(activity.as_dict()["running"])
 
-        return predict(self, images, options, look)
+        return predict(self, images, options, look, check)
 
     monkeypatch.setattr(NNUNetPredictor, "predict", watched)
     infer()

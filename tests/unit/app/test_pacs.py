@@ -16,7 +16,7 @@ from fastapi import HTTPException
 from dicom_series_factory import SeriesMaker
 from fake_pacs import FakePacs
 from lib import pacs as pacs_module
-from lib.activelearning import First, Random
+from lib.activelearning.offers import unlabelled
 from lib.exports import export_label
 from lib.pacs import PacsStudies
 from mshub.card_tables import Channel
@@ -312,20 +312,14 @@ def test_while_the_pacs_is_down_what_is_here_serves_and_the_rest_is_a_503(open_p
     assert pacs.pacs()["reachable"]
 
 
-def test_the_next_case_is_of_the_models_modality_and_not_the_one_that_is_open(open_pacs: Any) -> None:
+def test_only_series_of_the_models_modality_are_offered(open_pacs: Any) -> None:
     others = [SeriesMaker("an mr", modality="MR"), SeriesMaker("one more ct")]
     pacs = open_pacs(FakePacs(MAKER.slices(), *(maker.slices() for maker in others)))
     ct = {MAKER.uid, others[1].uid}
-    first = First()({"modalities": ["CT"]}, pacs)
-    assert first is not None
-    assert (first["id"], first["waiting"]) == (min(ct), 2)
-    following = First()({"modalities": ["CT"], "skip": [min(ct)]}, pacs)
-    assert following is not None
-    assert following["id"] == max(ct)
-    alone = Random()({"modalities": ["MR"], "skip": [others[0].uid]}, pacs)
-    assert alone is not None
-    assert alone["id"] == others[0].uid
-    assert Random()({"modalities": ["PT"]}, pacs) is None
+    assert unlabelled({"modalities": ["CT"]}, pacs) == sorted(ct)
+    assert unlabelled({"modalities": ["MR"]}, pacs) == [others[0].uid]
+    assert unlabelled({"modalities": ["PT"]}, pacs) == []
+    assert len(unlabelled({}, pacs)) == 3
 
 
 def test_a_series_of_two_patients_is_nobodys(open_pacs: Any) -> None:

@@ -8,6 +8,8 @@ import shutil
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,10 @@ from mshub.nnunet.devices import available_devices
 from mshub.nnunet.folder import ModelFolder
 from mshub.nnunet.network_cache import NetworkCache
 from mshub.nnunet.predictor import PROFILES, NNUNetPredictor, Prediction, PredictOptions
+from mshub.nnunet.sliding_window import Check
 from mshub.store import ModelStore, ModelVersion
 from mshub.structures import structures
+from mshub.uncertainty import Uncertainty
 from mshub.volume_io import write_volume
 
 logger = logging.getLogger(__name__)
@@ -82,13 +86,15 @@ class NNUNetInferTask(InferTask):  # type: ignore[misc]
             ``channels`` (list of paths), ``image`` (one path) or ``find``, a function of the model's channels and a
             progress that returns paths and what to say of them; optional ``device``, ``profile``, ``folds``,
             ``label_prompt`` (published values to keep), ``result_extension``, ``result_dtype``, ``result_compress``.
+            ``check``, a function that raises to end the prediction, makes it one that nobody waits for.
 
         Returns
         -------
         path : str
             Temporary file with the label on the image's own grid; the caller removes it.
         params : dict
-            ``label_names`` (name -> value, ascending), ``latencies``, ``centroids``, version and voxel counts.
+            ``label_names`` (name -> value, ascending), ``latencies``, ``centroids``, version, voxel counts, and
+            ``uncertainty`` as `mshub.uncertainty.Uncertainty` has it.
 
         Raises
         ------
@@ -101,14 +107,23 @@ class NNUNetInferTask(InferTask):  # type: ignore[misc]
             options, output = self._options(request, version), _Output.parse(request)
             kept = _kept_labels(predictor.folder, request.get("label_prompt"))
             client = str(request.get("client_id") or "")
-            with self._activity.run(self.model_id, str(request.get("image_id", "")), client) as run:
+            image, check = str(request.get("image_id", "")), request.get("check")
+            with self._activity.run(self.model_id, image, client) if check is None else _unseen(image) as run:
                 images, facts = _images(request, version, run)
                 run.predicting()
-                prediction = predictor.predict(images, options, run.progress)
+                prediction = predictor.predict(images, options, run.progress, check)
             started = time.perf_counter()
             path = output.write(_only(prediction.labels, kept, prediction.names))
             prediction.seconds["write"] = time.perf_counter() - started
         return str(path), {**_result_params(prediction, kept, version), **facts}
+
+    def predict(self, version: ModelVersion, images: list[Path], check: Check) -> Prediction:
+        """Segment a case nobody waits for, as the server does by default, and measure how sure the network is."""
+        return self._predictor(version).predict(images, self._options({}, version), None, check)
+
+    def measure(self, version: ModelVersion, images: list[Path], check: Check) -> Uncertainty:
+        """Measure how sure the network is of a case nobody waits for."""
+        return self._predictor(version).measure(images, self._options({}, version), check)
 
     def _predictor(self, version: ModelVersion) -> NNUNetPredictor:
         """Return the predictor of the current version, opened on first use and again after a promotion."""
@@ -129,6 +144,7 @@ class NNUNetInferTask(InferTask):  # type: ignore[misc]
             folds=_folds(request.get("folds")),
             device=str(request.get("device") or self._config_options.device),
             rules=version.card.input_rules,
+            measure=True,
         )
 
 
@@ -179,6 +195,12 @@ def _results() -> Path:
     return Path(folder)
 
 
+@contextmanager
+def _unseen(image: str) -> Iterator[Run]:
+    """Return a run that is not among the running predictions: nobody waits for it."""
+    yield Run(0, "", image)
+
+
 def _images(request: dict[str, Any], version: ModelVersion, run: Run) -> tuple[list[Path], dict[str, Any]]:
     """Return the files of the case, one per channel, and what the answer says of where they come from."""
     if "find" in request:
@@ -215,6 +237,7 @@ def _result_params(prediction: Prediction, kept: dict[str, int], version: ModelV
         "model": version.model_id,
         "model_version": version.version,
         "provenance": prediction.provenance,
+        "uncertainty": prediction.uncertainty.as_dict() if prediction.uncertainty else None,
     }
 
 

@@ -12,7 +12,7 @@ from fastapi import BackgroundTasks, Body, Depends, File, Form, HTTPException, R
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from fastapi.routing import APIRoute
 from monailabel.config import settings
-from monailabel.endpoints import activelearning, datastore, session
+from monailabel.endpoints import datastore, session
 from monailabel.endpoints.infer import ResultType, run_inference
 from monailabel.endpoints.user.auth import RBAC, User
 from monailabel.interfaces.datastore import DefaultLabelTag
@@ -189,7 +189,37 @@ def next_sample(user: AnyUser, strategy: str, params: Annotated[Any, Body()] = N
     """Return the next case to label; a plain function, as the PACS is asked for its series."""
     if params is not None and not isinstance(params, dict):
         raise HTTPException(400, 'The request\'s body is no JSON object: expected options such as {"client_id": "me"}.')
-    return activelearning.sample(strategy, params, user.username)
+    sample = app_instance().next_sample({"strategy": strategy, **(params or {})})
+    if "id" not in sample:
+        return sample
+    return {**sample, **app_instance().datastore().get_image_info(sample["id"])}
+
+
+def start_prelabelling(user: Annotator, model: str, params: Annotated[Any, Body()] = None) -> Any:
+    """Start pre-labelling waiting or chosen cases; see `lib.activelearning.Prelabels.start` for the options."""
+    if params is not None and not isinstance(params, dict):
+        raise HTTPException(400, 'The request\'s body is no JSON object: expected options such as {"limit": 20}.')
+    return app_instance().start_prelabelling(model, params or {})
+
+
+def list_prelabelling(user: AnyUser) -> Any:
+    """Return all batches of pre-labels, newest first."""
+    return app_instance().prelabels.all()
+
+
+def prelabelling(user: AnyUser, batch: int) -> Any:
+    """Return how far a batch is."""
+    return app_instance().prelabels.status(batch)
+
+
+def stop_prelabelling(user: Annotator, batch: int) -> Any:
+    """Let a batch stop before its next case."""
+    return app_instance().prelabels.stop(batch)
+
+
+def resume_prelabelling(user: Annotator, batch: int) -> Any:
+    """Let a stopped batch go on."""
+    return app_instance().resume_prelabelling(batch)
 
 
 def labels(user: AnyUser, image: str) -> dict[str, Any]:
@@ -305,6 +335,11 @@ ROUTES = (
     ("GET", "/logs/", logs, "Others"),
     ("GET", "/mshub/status", status, "MSHub"),
     ("GET", "/mshub/reports/{model}/{name}", report, "MSHub"),
+    ("POST", "/mshub/prelabels/{model}", start_prelabelling, "MSHub"),
+    ("GET", "/mshub/prelabels", list_prelabelling, "MSHub"),
+    ("GET", "/mshub/prelabels/{batch}", prelabelling, "MSHub"),
+    ("DELETE", "/mshub/prelabels/{batch}", stop_prelabelling, "MSHub"),
+    ("PUT", "/mshub/prelabels/{batch}", resume_prelabelling, "MSHub"),
     ("GET", "/mshub/labels/{image}", labels, "MSHub"),
     ("GET", "/mshub/export/{image}", export, "MSHub"),
     ("GET", "/mshub/channels/{model}", channels, "MSHub"),

@@ -1,0 +1,189 @@
+"""What is known of the cases of a datastore, model by model: the case index in the words of the app."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
+from mshub.calibration import Calibration
+from mshub.stopping import round_gains, stopping_hint
+
+from lib.conf import Config
+from lib.datastore import StudiesFolder
+from lib.reviews import case_id_of
+from mshub.agreement import Agreement
+from mshub.case_index import CaseIndex
+from mshub.errors import MSHubError
+from mshub.selection import Case, Pool
+from mshub.store import ModelStore, ModelVersion
+from mshub.uncertainty import Uncertainty
+
+logger = logging.getLogger(__name__)
+
+FINAL, ORIGINAL = str(DefaultLabelTag.FINAL.value), str(DefaultLabelTag.ORIGINAL.value)
+RECENT = 20
+"""So many of the labels submitted last are looked at for the stopping hint."""
+
+
+class Casebook:
+    """Keeps what becomes known of cases, and puts it together for strategies and clients.
+
+    Only predictions with the server's own profile and all folds are kept: what others measured cannot be compared.
+
+    Parameters
+    ----------
+    index : CaseIndex
+    store : ModelStore
+    config : Config
+    """
+
+    def __init__(self, index: CaseIndex, store: ModelStore, config: Config) -> None:
+        self.index = index
+        self._store, self._config = store, config
+
+    # -- what becomes known -------------------------------------------------------------------------------------
+
+    def note_prediction(self, image: str, params: Mapping[str, Any], datastore: Datastore) -> None:
+        """Keep what a prediction measured; `params` are those of the answer."""
+        version = self._store.version(params["model"], params["model_version"])
+        provenance = params["provenance"]
+        if provenance["profile"] != self._config.profile or provenance["folds"] != list(version.record["folds"]):
+            return
+        self.note_uncertainty(image, version, Uncertainty.from_dict(params["uncertainty"]), datastore)
+
+    def note_uncertainty(
+        self, image: str, version: ModelVersion, uncertainty: Uncertainty, datastore: Datastore
+    ) -> None:
+        """Keep what was measured of an image."""
+        state, profile = image_state(datastore, image), self._config.profile
+        self.index.keep_score(image, version.model_id, version.version, uncertainty, state=state, profile=profile)
+
+    def note_submission(self, image: str, datastore: StudiesFolder) -> None:
+        """Keep how a final label agrees with the pre-label it started from, and let others have the image."""
+        self.index.release(image)
+        found = submitted_agreement(datastore, image)
+        if found is None:
+            return
+        agreement, started_from = found
+        prelabel = datastore.get_label_info(image, ORIGINAL).get("params", {})
+        measured = prelabel.get("uncertainty") or {}
+        self.index.keep_agreement(
+            image,
+            started_from["model"],
+            started_from["version"],
+            agreement.dice,
+            agreement.edited_voxels,
+            score=measured.get("agreement"),
+        )
+
+    def note_look(self, image: str, version: ModelVersion, agreement: Agreement, datastore: StudiesFolder) -> None:
+        """Keep how the final label of an image agrees with what a version sees, which may have learned from it."""
+        label = label_state(datastore, image)
+        self.index.keep_label_dice(image, version.model_id, version.version, agreement.dice, label_state=label)
+
+    # -- what is known ------------------------------------------------------------------------------------------
+
+    def pool(
+        self, version: ModelVersion | None, waiting: Sequence[str], taken: Sequence[str], datastore: Datastore
+    ) -> Pool:
+        """Return what is known of the cases that wait, in their order, and of those that are labelled or in work."""
+        patients = patients_of(datastore, [*waiting, *taken])
+        if version is None:
+            return Pool(
+                tuple(Case(image, patients[image]) for image in waiting),
+                tuple(Case(image, patients[image]) for image in taken),
+            )
+        scores = self.index.scores(version.model_id, version.version)
+        label_dice = self.index.label_dice(version.model_id, version.version)
+        calibration = self._calibration(version)
+
+        def case(image: str) -> Case:
+            known = scores.get(image)
+            expected = calibration.predict(known.agreement) if calibration and known else None
+            _, dice = label_dice.get(image, ("", None))
+            return Case(image, patients[image], known, expected, dice)
+
+        return Pool(tuple(map(case, waiting)), tuple(map(case, taken)))
+
+    def expected_dice(self, version: ModelVersion, agreement: float) -> dict[str, Any] | None:
+        """Return the Dice to expect of a prediction, with its interval; None until enough cases were reviewed."""
+        calibration = self._calibration(version)
+        if calibration is None:
+            return None
+        value, low, high = (round(number, 4) for number in calibration.predict(agreement))
+        return {"dice": value, "low": low, "high": high, "level": calibration.level, "cases": calibration.cases}
+
+    def _calibration(self, version: ModelVersion) -> Calibration | None:
+        """Return how scores and true Dice of the version go together, or else those of all versions of the model."""
+        submitted = {
+            (row.image, row.version): (row.score, _mean(row.dice))
+            for row in self.index.agreements(version.model_id)
+            if row.score is not None and row.dice
+        }
+        own = {image: pair for (image, name), pair in submitted.items() if name == version.version}
+        looked = self._looked_at(version)
+        return _fitted((*{**own, **looked}.values(),)) or _fitted((*submitted.values(), *looked.values()))
+
+    def _looked_at(self, version: ModelVersion) -> dict[str, tuple[float, float]]:
+        """Return score and Dice of labelled cases that neither the version nor one before it was trained on."""
+        scores, trained = self.index.scores(version.model_id, version.version), self._trained_on(version)
+        known = self.index.label_dice(version.model_id, version.version)
+        return {
+            image: (scores[image].agreement, _mean(dice))
+            for image, (_, dice) in known.items()
+            if dice and image in scores and case_id_of(image) not in trained
+        }
+
+    def _trained_on(self, version: ModelVersion) -> set[str]:
+        found: set[str] = set()
+        one: ModelVersion | None = version
+        while one is not None:
+            found |= {case["case"] for case in one.record.get("lineage", {}).get("cases", [])}
+            parent = one.record["parent"]
+            one = self._store.version(one.model_id, parent) if parent else None
+        return found
+
+    def hint(self, model: str) -> str | None:
+        """Return what to say when recent rounds stopped paying; None otherwise."""
+        recent = [_mean(row.dice) for row in self.index.agreements(model) if row.dice]
+        try:
+            return stopping_hint(round_gains(self._store, model), recent[-RECENT:])
+        except (MSHubError, OSError) as error:
+            logger.warning("no hint whether labelling %s still pays: %s", model, error)
+            return None
+
+
+@lru_cache(maxsize=64)
+def _fitted(pairs: tuple[tuple[float, float], ...]) -> Calibration | None:
+    return Calibration.fit(pairs)
+
+
+def submitted_agreement(datastore: StudiesFolder, image: str) -> tuple[Agreement, dict[str, str]] | None:
+    """Return how a final label agrees with its pre-label, and whose that was; None without a pre-label."""
+    info = datastore.get_label_info(image, FINAL)
+    agreement, started_from = info.get("agreement"), info.get("started_from")
+    return (Agreement.from_dict(agreement), started_from) if agreement and started_from else None
+
+
+def patients_of(datastore: Datastore, images: Collection[str]) -> dict[str, str]:
+    """Return image id -> patient; an image of a datastore that says nothing of patients is a patient of its own."""
+    if isinstance(datastore, StudiesFolder):
+        return datastore.patients(images)
+    return {image: image for image in images}
+
+
+def image_state(datastore: Datastore, image: str) -> str:
+    """Return what changes when the image does."""
+    return datastore.image_state(image) if isinstance(datastore, StudiesFolder) else ""
+
+
+def label_state(datastore: Datastore, image: str) -> str:
+    """Return what changes when the final label of an image does."""
+    return str(datastore.get_label_info(image, FINAL).get("ts", ""))
+
+
+def _mean(dice: Mapping[str, float]) -> float:
+    return sum(dice.values()) / len(dice)

@@ -1,0 +1,237 @@
+"""The next case for somebody: asked of a strategy, leased to one client, and explained.
+
+Patients who judge versions are not offered by a strategy that looks at scores, since a version would be judged by the
+cases it finds hard; every fifth choice or so is one of them, drawn at random.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from monailabel.interfaces.datastore import Datastore
+from monailabel.interfaces.tasks.strategy import Strategy
+
+from lib.activelearning.casebook import Casebook, patients_of
+from lib.conf import Config
+from mshub.case_index import Lease
+from mshub.holdout import HoldOut
+from mshub.selection import STRATEGIES, Choice
+from mshub.selection import Strategy as Ranking
+from mshub.store import ModelStore, ModelVersion
+
+SECONDS_PER_MINUTE = 60
+SOON = 500
+"""So many cases are put in order, at most, for one choice."""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A case for somebody.
+
+    Attributes
+    ----------
+    image, why : str
+    strategy : str
+        The one that chose it: ``random`` for an audit, whatever was asked for.
+    audit : bool
+        It was drawn at random, so that its label may judge versions.
+    again : bool
+        The client has it already.
+    """
+
+    image: str
+    why: str
+    strategy: str
+    audit: bool = False
+    again: bool = False
+
+
+class Offers:
+    """Chooses cases for clients; no two clients get the same one.
+
+    Parameters
+    ----------
+    casebook : Casebook
+    store : ModelStore
+    config : Config
+    rng : random.Random, optional
+    """
+
+    def __init__(self, casebook: Casebook, store: ModelStore, config: Config, rng: random.Random | None = None) -> None:
+        self._casebook, self._store, self._config = casebook, store, config
+        self._rng = rng or random.Random()
+
+    def next(self, strategy: str, request: dict[str, Any], datastore: Datastore) -> dict[str, Any]:
+        """Return the next case for a client.
+
+        Parameters
+        ----------
+        strategy : str
+            See `mshub.selection.STRATEGIES`.
+        request : dict
+            Optional ``model``, ``client_id``, ``skip`` (images not wanted now), ``modalities``, ``label_tag``,
+            ``labels``.
+        datastore : Datastore
+
+        Returns
+        -------
+        dict
+            ``id``, ``why``, ``strategy`` (that chose), ``audit``, ``waiting`` (cases without a label), ``model``,
+            ``version``, ``leased_until``; without ``id`` where there is no case, and ``why`` says so.
+        """
+        ranking, client = STRATEGIES[strategy], str(request.get("client_id") or "")
+        version = self._store.current(request["model"]) if request.get("model") else None
+        cases = labelled(request, datastore) if ranking.of_labelled else unlabelled(request, datastore)
+        leases = self._casebook.index.leases()
+        offer = self._offer(ranking, client, version, _wanted(cases, leases, request), leases, request, datastore)
+        offer = offer or self._own(client, cases, leases, request)
+        if offer is None:
+            return {"why": _nothing(ranking, cases, leases), "waiting": len(cases)}
+        if not offer.again:
+            self._keep(offer, client, version)
+        facts = {"model": version.model_id, "version": version.version} if version else {}
+        until = {"leased_until": int(time.time() + self._lease_s)}
+        told = {"id": offer.image, "why": offer.why, "strategy": offer.strategy, "audit": offer.audit}
+        return {**told, "waiting": len(cases), **facts, **until}
+
+    def order(self, strategy: str, version: ModelVersion, images: Sequence[str], datastore: Datastore) -> list[str]:
+        """Return images in the order of a strategy, the best first."""
+        ranking = STRATEGIES[strategy]
+        pool = self._casebook.pool(version, images, labelled({}, datastore), datastore)
+        chosen = [choice.image for choice in ranking.ranked(pool, self._rng)] if not ranking.of_labelled else []
+        return [*chosen, *(image for image in images if image not in set(chosen))]
+
+    # -- private ------------------------------------------------------------------------------------------------
+
+    @property
+    def _lease_s(self) -> float:
+        return self._config.lease_minutes * SECONDS_PER_MINUTE
+
+    def _offer(
+        self,
+        ranking: Ranking,
+        client: str,
+        version: ModelVersion | None,
+        free: Sequence[str],
+        leases: dict[str, Lease],
+        request: dict[str, Any],
+        datastore: Datastore,
+    ) -> Offer | None:
+        """Lease the best of the free cases; None where there is none."""
+        judging = self._judging(version, free, datastore)
+        fair = [image for image in free if image not in judging]
+        audits = [image for image in free if image in judging] if not ranking.of_labelled else []
+        if ranking.is_random:
+            fair, audits = list(free), []
+        elif version and audits and (not fair or self._casebook.index.audit_is_due(version.model_id, self._every)):
+            offer = self._audit(audits, client, version)
+            if offer:
+                return offer
+        others = labelled(request, datastore)
+        taken = others if ranking.of_labelled else [*others, *leases]
+        pool = self._casebook.pool(
+            version, [] if ranking.of_labelled else fair, fair if ranking.of_labelled else taken, datastore
+        )
+        return self._lease(ranking.ranked(pool, self._rng), ranking, client, version) or (
+            self._audit(audits, client, version) if audits and version else None
+        )
+
+    @property
+    def _every(self) -> int:
+        return self._config.audit_every
+
+    def _lease(self, ranked: Any, ranking: Ranking, client: str, version: ModelVersion | None) -> Offer | None:
+        choices: dict[str, Choice] = {}
+        for choice in ranked:
+            choices[choice.image] = choice
+            if len(choices) >= SOON:
+                break
+        image = self._casebook.index.lease(
+            list(choices), client, self._lease_s, model=version.model_id if version else ""
+        )
+        return Offer(image, choices[image].why, ranking.name, audit=ranking.is_random) if image else None
+
+    def _audit(self, audits: Sequence[str], client: str, version: ModelVersion) -> Offer | None:
+        """Lease a random case of a patient who judges versions."""
+        order = self._rng.sample(audits, len(audits))
+        image = self._casebook.index.lease(order, client, self._lease_s, model=version.model_id)
+        why = (
+            f"drawn at random from the {len(audits)} of patients who judge new versions: each "
+            f"{_ordinal(self._every)} case or so is one of these"
+        )
+        return Offer(image, why, "random", audit=True) if image else None
+
+    def _judging(self, version: ModelVersion | None, images: Sequence[str], datastore: Datastore) -> set[str]:
+        """Return the images of patients who judge versions of the model, or would."""
+        if version is None or not self._every:
+            return set()
+        ledger = HoldOut(self._store.home / "models" / version.model_id / "holdout.json")
+        patients = patients_of(datastore, images)
+        judges = ledger.judging(set(patients.values()))
+        return {image for image in images if patients[image] in judges}
+
+    def _own(
+        self, client: str, cases: Sequence[str], leases: dict[str, Lease], request: dict[str, Any]
+    ) -> Offer | None:
+        """Return the case the client has had longest: nothing else waits. Clients without a name are one client."""
+        skipped = request.get("skip") or []
+        own = [lease for lease in leases.values() if lease.client == client and lease.image in set(cases)]
+        best = min(own, key=lambda lease: (lease.image in skipped, lease.until), default=None)
+        if best is None:
+            return None
+        self._casebook.index.renew(best.image, client, self._lease_s)
+        return Offer(best.image, "you have it already, and no other case waits", "", again=True)
+
+    def _keep(self, offer: Offer, client: str, version: ModelVersion | None) -> None:
+        model = version.model_id if version else ""
+        self._casebook.index.keep_choice(offer.image, model, client, offer.strategy, offer.audit, offer.why)
+
+
+class OfferStrategy(Strategy):  # type: ignore[misc]
+    """One strategy as MONAI Label's clients see it."""
+
+    def __init__(self, name: str, offers: Callable[[], Offers]) -> None:
+        self._name, self._offers = name, offers
+        super().__init__(STRATEGIES[name].description)
+
+    def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any]:
+        """Return the next case; see `Offers.next`."""
+        return self._offers().next(self._name, request, datastore)
+
+
+def unlabelled(request: dict[str, Any], datastore: Datastore) -> list[str]:
+    """Return the unlabelled cases of the ``modalities`` asked for, by name."""
+    images = datastore.get_unlabeled_images(request.get("label_tag"), request.get("labels"))
+    kinds = request.get("modalities")
+    return sorted(image for image in images if not kinds or datastore.get_image_info(image).get("Modality") in kinds)
+
+
+def labelled(request: dict[str, Any], datastore: Datastore) -> list[str]:
+    """Return the cases with a final label, by name."""
+    return sorted(datastore.get_labeled_images(request.get("label_tag"), request.get("labels")))
+
+
+def _wanted(cases: Sequence[str], leases: dict[str, Lease], request: dict[str, Any]) -> list[str]:
+    """Return the cases nobody has in work, without those a client wants to skip, unless no other is left."""
+    free = [image for image in cases if image not in leases]
+    skipped = request.get("skip")
+    others = [image for image in free if image not in skipped] if isinstance(skipped, list) else free
+    return others or free
+
+
+def _nothing(ranking: Ranking, cases: Sequence[str], leases: dict[str, Lease]) -> str:
+    if ranking.of_labelled:
+        return "no label looks wrong: none was looked at yet, or all agree with what the model sees"
+    held = [leases[image].until for image in cases if image in leases]
+    if not held:
+        return "every case has a final label"
+    free_at = time.strftime("%H:%M", time.localtime(min(held)))
+    return f"all {len(held)} cases that wait are with other people; the first is free again at {free_at}"
+
+
+def _ordinal(number: int) -> str:
+    return {1: "", 2: "second", 3: "third", 4: "fourth", 5: "fifth"}.get(number, f"{number}th")

@@ -1,0 +1,100 @@
+/* How sure a model was of a label, how much of it a person changed, and how far a batch is: numbers as sentences. */
+
+const UNSURE_BELOW = 0.8;
+const UNSURE_AT_MOST = 3;
+const WORST_AT_MOST = 6;
+const PERCENT = 100;
+
+/** What a measure of agreement compares; where a prediction has several, the first of these counts. */
+const MEASURES = {
+  fold_dice: 'the folds of the model with each other',
+  mirror_dice: 'what the model finds in mirrored copies of the image',
+  soft_dice: 'the label with the probabilities it was made from',
+};
+
+const isKnown = value => typeof value === 'number';
+const measureOf = measured => Object.keys(MEASURES).find(name => isKnown(measured[name]));
+const worstFirst = (structures, most) => structures.sort(([, a], [, b]) => a - b).slice(0, most);
+const named = structures => structures.map(([name, value]) => `${name} ${dice(value)}`).join(', ');
+
+/** A Dice, 0 to 1, with two digits; never rounded up to a perfect one. */
+export function dice(value) {
+  const text = value.toFixed(2);
+  return value < 1 && text === '1.00' ? 'above 0.99' : text;
+}
+
+/** A phrase of the server as a sentence. */
+export const sentence = phrase => `${phrase[0].toUpperCase()}${phrase.slice(1)}${/[.?!]$/.test(phrase) ? '' : '.'}`;
+
+/**
+ * How sure a model was of a label.
+ *
+ * @param {{uncertainty: ?Object, expected_dice: ?Object}} facts of a prediction
+ * @returns {?{text: string, title: string}} null where nothing was measured
+ */
+export function sureness({ uncertainty, expected_dice: expected }) {
+  const measure = uncertainty && measureOf(uncertainty);
+  if (!measure) {
+    return null;
+  }
+  const unsure = unsureStructures(uncertainty);
+  const least = unsure.length ? `, least sure of ${unsure.map(([name]) => name).join(', ')}` : '';
+  const agreement = `${expected ? `Agreement ${dice(uncertainty.agreement)}: c` : 'C'}ompares ${MEASURES[measure]}`;
+  return {
+    text: `${expected ? expectedText(expected) : `Agreement ${dice(uncertainty.agreement)}`}${least}`,
+    title: [
+      expected ? expectedTitle(expected) : 'How far the model agrees with itself; no measured quality.',
+      `${agreement} (mean Dice).`,
+      unsure.length ? `Least sure of: ${named(unsure)}.` : null,
+    ]
+      .filter(Boolean)
+      .join('\n'),
+  };
+}
+
+function unsureStructures({ structures = {} }) {
+  const agreements = Object.entries(structures).map(([name, measured]) => [name, measured[measureOf(measured)]]);
+  return worstFirst(
+    agreements.filter(([, value]) => value < UNSURE_BELOW),
+    UNSURE_AT_MOST
+  );
+}
+
+const expectedText = ({ dice: value, low, high }) => `Expected Dice ${dice(value)} (${dice(low)} to ${dice(high)})`;
+const expectedTitle = ({ level, cases }) =>
+  `Estimated from ${cases} reviewed cases: about ${Math.round(PERCENT * level)} % of results like this lie in the range.`;
+
+/**
+ * How much of the pre-label a person changed.
+ *
+ * @param {{dice: Object<string, number>, edited_voxels: number}} agreement of a submitted label with its pre-label
+ * @returns {{text: string, title: string}}
+ */
+export function changes({ dice: found, edited_voxels: edited }) {
+  if (!edited) {
+    return { text: 'The same as the pre-label.', title: '' };
+  }
+  const structures = Object.entries(found);
+  const mean = structures.reduce((sum, [, value]) => sum + value, 0) / structures.length;
+  const voxels = edited === 1 ? '1 voxel' : `${edited.toLocaleString('en')} voxels`;
+  const worst = worstFirst(
+    structures.filter(([, value]) => value < 1),
+    WORST_AT_MOST
+  );
+  return {
+    text: `Changed ${voxels}${structures.length ? `; mean Dice with the pre-label ${dice(mean)}` : ''}.`,
+    title: worst.length ? `Dice with the pre-label: ${named(worst)}` : '',
+  };
+}
+
+/** How far a batch of pre-labels is; `state` is running, stopped or done. */
+export function progress({ state, total, ended, counts }) {
+  const begin = { stopped: `Stopped at ${ended} of ${total}`, done: `${counts.done} of ${total} prepared` }[state];
+  return [
+    begin ?? `${ended} of ${total}`,
+    counts.failed ? `${counts.failed} failed` : null,
+    counts.skipped ? `${counts.skipped} needed nothing` : null,
+  ]
+    .filter(Boolean)
+    .join(', ');
+}
