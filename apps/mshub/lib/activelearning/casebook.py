@@ -8,16 +8,16 @@ from functools import lru_cache
 from typing import Any
 
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
-from mshub.calibration import Calibration
-from mshub.stopping import round_gains, stopping_hint
 
 from lib.conf import Config
 from lib.datastore import StudiesFolder
 from lib.reviews import case_id_of
 from mshub.agreement import Agreement
+from mshub.calibration import Calibration
 from mshub.case_index import CaseIndex
 from mshub.errors import MSHubError
 from mshub.selection import Case, Pool
+from mshub.stopping import round_gains, stopping_hint
 from mshub.store import ModelStore, ModelVersion
 from mshub.uncertainty import Uncertainty
 
