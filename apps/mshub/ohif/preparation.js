@@ -126,7 +126,7 @@ export class Preparation {
     }
     if (former.state !== 'done' && batch.state === 'done') {
       const isWhole = batch.counts.failed === 0;
-      this.bench.tell('Cases are prepared', `${progress(batch)}.`, isWhole ? 'success' : 'warning');
+      this.bench.tell('Preparation ended', `${progress(batch)}.`, isWhole ? 'success' : 'warning');
     }
   }
 }

@@ -180,7 +180,7 @@ const next = [
     strategy: bench.strategy,
     isAsking: bench.findingNext,
     suggestion: bench.suggestion?.SeriesInstanceUID === bench.series?.uid ? bench.suggestion : null,
-    advice: bench.advice,
+    advice: bench.advice?.model === bench.model ? bench.advice?.text : null,
   }),
   ({ strategies, strategy, isAsking, suggestion, advice }) =>
     strategies.length > 0 && [
@@ -209,9 +209,22 @@ const next = [
       suggestion?.why
         ? element('p', { class: 'mshub-note', 'data-cy': 'mshub-why' }, `Why this case: ${suggestion.why}`)
         : null,
-      advice ? element('p', { class: 'mshub-note', role: 'note', 'data-cy': 'mshub-hint' }, advice) : null,
+      advice ? adviceOf(advice) : null,
     ],
 ];
+
+let adviceIsOpen = true;
+
+const adviceOf = text =>
+  element(
+    'details',
+    { open: adviceIsOpen, 'data-cy': 'mshub-hint' },
+    element('summary', { onclick: () => (adviceIsOpen = !adviceIsOpen) }, 'Before you label more'),
+    element('p', { class: 'mshub-note mshub-advice' }, withOrders(text))
+  );
+
+/** What the server says of strategies, with their names as they are in the list. */
+const withOrders = text => text.replaceAll(/strategy (\w+)/g, (_, name) => `strategy “${orderOf(name)}”`);
 
 const audit = () =>
   element(

@@ -93,7 +93,7 @@ export function progress({ state, total, ended, counts }) {
   return [
     begin ?? `${ended} of ${total}`,
     counts.failed ? `${counts.failed} failed` : null,
-    counts.skipped ? `${counts.skipped} needed nothing` : null,
+    counts.skipped ? `${counts.skipped} were ready` : null,
   ]
     .filter(Boolean)
     .join(', ');

@@ -37,7 +37,7 @@ export class Workbench extends EventTarget {
     this.leftOut = []; // SEGs of this series in the PACS that are no label here, and why
     this.strategy = null;
     this.suggestion = null; // the case the server named, and why
-    this.advice = null; // what the server says of labelling on
+    this.advice = null; // whether labelling on pays, as the server sees it, and for which model
     this.findingNext = false;
     this.training = null; // the task at work, or the last one
     this.preparation = new Preparation(this);
@@ -195,7 +195,6 @@ export class Workbench extends EventTarget {
   choose(model) {
     this.model = model;
     this.overrides = {};
-    this.advice = null;
     this.readChannels();
     this.changed();
   }
@@ -481,7 +480,7 @@ export class Workbench extends EventTarget {
       this.submission = submission;
       this.tell(
         'Submitted',
-        `${segmentation.label}: ${storedIn(answer.pacs)}`,
+        `${segmentation.label}: ${storedIn(answer.pacs)}${hintsText(answer.hints)}`,
         answer.pacs?.stored === false ? 'warning' : 'success'
       );
       this.refresh();
@@ -552,7 +551,7 @@ export class Workbench extends EventTarget {
     try {
       const skip = this.series ? [this.series.uid] : [];
       const found = await server.nextCase(this.strategy, { client_id: this.client(), model: this.model, skip });
-      this.advice = found.hint ?? null;
+      this.advice = found.hint ? { model: this.model, text: found.hint } : null;
       if (!found.StudyInstanceUID) {
         this.tell('No next case', sentence(found.why ?? 'every case for this model has a reviewed label'), 'info');
         return;
@@ -680,6 +679,8 @@ export function storedIn(pacs) {
     pacs.message || (pacs.stored ? 'Stored on the server, and in the PACS as DICOM SEG.' : 'Not stored in the PACS.')
   );
 }
+
+const hintsText = (hints = []) => (hints.length ? ' Hints about it are in the panel.' : '');
 
 export const titleOf = model => model.facts?.title ?? model.mshub?.title ?? model.id;
 
