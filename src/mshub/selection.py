@@ -169,11 +169,12 @@ def _class_stratified(pool: Pool, cases: Sequence[Case], rng: random.Random) -> 
     left, unknown = _split(cases)
     names = _structures(left)
     sharpness = _sharpness(len(pool.taken))
+    doubts = {name: {case.image: _doubt_of(case, name, pool.usual) for case in left} for name in (None, *names)}
     while left:
         name = rng.choice(names) if names and rng.random() < STRATIFIED else None
-        scored = [(_doubt_of(case, name, pool.usual), case) for case in left]
-        best, case = max(scored, key=lambda item: math.log(max(item[0], 1e-6)) + _gumbel(rng) / sharpness)
-        left = [other for other in left if other is not case]
+        case = max(left, key=lambda case: math.log(max(doubts[name][case.image], 1e-6)) + _gumbel(rng) / sharpness)
+        left.remove(case)
+        best = doubts[name][case.image]
         what = f"for {name}" if name else "for all structures together"
         yield Choice(case.image, f"{what}, where the model is unsure: {_of_structure(case, name, pool.usual)}", best)
     yield from _unknown(unknown, rng)

@@ -35,6 +35,7 @@ ORIENTATIONS = {**AXES, "oblique": oblique(), "oblique, other way": oblique(-25,
 MIDDLE, LEFT = (0.5, 0.5), (0.42, 0.5)
 SHORT_TRAINING = {"epochs": 3, "iterations": 3, "device": "cpu"}
 WARD = 6  # cases that are reviewed before the day begins
+PREPARED = 12  # cases a batch finds; enough to be stopped in between
 
 
 @dataclass
@@ -251,6 +252,189 @@ def test_a_refusal_is_shown_in_the_servers_own_words(clinic: Clinic) -> None:
     assert answer.json()["detail"] in told
     browser.screenshot("11-refused")
     browser.problems.clear()
+
+
+def said_of(params: dict[str, Any]) -> str:
+    """Return how sure the model was, as the panel should say it of the facts of a prediction."""
+    measured, expected = params["uncertainty"], params["expected_dice"]
+    assert measured["fold_dice"] is None
+    agreements = {name: structure["mirror_dice"] for name, structure in measured["structures"].items()}
+    unsure = sorted((name for name, value in agreements.items() if value < 0.8), key=agreements.__getitem__)
+    sure = f"Agreement {measured['agreement']:.2f}"
+    if expected:
+        dice, low, high = (figure(expected[key]) for key in ("dice", "low", "high"))
+        sure = f"Expected Dice {dice} ({low} to {high})"
+    return f"{sure}, least sure of {', '.join(unsure[:3])}."
+
+
+def figure(dice: float) -> str:
+    return "above 0.99" if 0.995 <= dice < 1 else f"{dice:.2f}"
+
+
+def toast(browser: OhifBrowser) -> str:
+    """Return what OHIF's last message says."""
+    return str(browser.page.locator("[data-sonner-toast]").first.inner_text())
+
+
+def test_how_sure_the_model_is_and_what_was_changed_is_said(clinic: Clinic) -> None:
+    maker = SeriesMaker("how-sure", seed=50)
+    clinic.store(maker)
+    browser = clinic.browser
+    browser.open_mode(maker.study_uid)
+    browser.segment("tiny")
+    params = clinic.get(f"/mshub/labels/{maker.uid}").json()["tags"]["original"]["params"]
+    assert browser.text("sureness") == said_of(params)
+    assert "mirrored copies" in browser.control("sureness").get_attribute("title")
+    browser.screenshot("14-how-sure")
+
+    shown, _ = browser.labelmap()
+    browser.brush("spleen", 4, MIDDLE)
+    drawn, _ = browser.labelmap()
+    browser.submit("Dr. Ohif")
+    kept = clinic.kept(maker.uid)
+    edited, dice = kept["agreement"]["edited_voxels"], kept["agreement"]["dice"]
+    assert edited == np.count_nonzero(drawn != shown) > 0
+    mean = figure(float(np.mean(list(dice.values()))))
+    assert browser.text("changes") == f"Changed {edited:,} voxels; mean Dice with the pre-label {mean}."
+    worst = sorted(dice, key=dice.__getitem__)[0]
+    title = browser.control("changes").get_attribute("title")
+    assert title.startswith(f"Dice with the pre-label: {worst} {figure(dice[worst])}")
+    assert browser.control("hints").locator("li").all_inner_texts() == kept["hints"] != []
+    assert "Hints about it are in the panel." in toast(browser)
+    browser.control("hints").scroll_into_view_if_needed()
+    browser.screenshot("15-what-was-changed")
+
+
+def test_cases_are_prepared_and_a_pre_label_is_corrected_like_any_result(clinic: Clinic) -> None:
+    makers = [SeriesMaker(f"prepared-{number}", seed=60 + number) for number in range(PREPARED)]
+    folder = [clinic.store(maker) for maker in makers][0]
+    clinic.store(SeriesMaker("prepared with a gap"), lambda slices: [*slices[:8], *slices[11:]])
+    browser = clinic.browser
+    browser.open_mode(makers[0].study_uid)
+    browser.control("model-tiny").check()
+    browser.control("strategy").select_option("relabel")
+    browser.control("prepare").click()
+    assert "labelled cases" in toast(browser)
+    assert not browser.control("prepared").count()
+
+    browser.control("strategy").select_option("first")
+    browser.control("prepare-limit").fill("500")
+    browser.control("prepare").click()
+    browser.control("prepare-stop").click()
+    browser.control("prepare-go-on").wait_for()
+    browser.screenshot("16-preparation-stopped")
+    [batch] = clinic.get("/mshub/prelabels").json()
+    assert batch["state"] == "stopped"
+    assert batch["options"]["strategy"] == "first"
+    assert batch["total"] > PREPARED
+    browser.open_mode(makers[0].study_uid)
+    browser.control("prepared").filter(has_text="Stopped at").wait_for()
+    browser.control("prepare-go-on").click()
+    browser.control("prepared-bar").wait_for()
+    browser.screenshot("17-preparing")
+    browser.control("prepare").wait_for(timeout=LONG_MS)
+    batch = clinic.get(f"/mshub/prelabels/{batch['id']}").json()
+    assert batch["state"] == "done"
+    assert f"{batch['counts']['done']} of {batch['total']} prepared, {len(batch['failures'])} failed" in browser.text(
+        "prepared"
+    )
+    browser.control("prepare-failures").locator("summary").click()
+    told = browser.control("prepare-failures").locator("li").all_inner_texts()
+    assert told == [failure["message"] for failure in batch["failures"]]
+    assert any("gap" in message for message in told)
+
+    browser.control("prelabel").wait_for()
+    assert "version v1" in browser.control("prelabel").get_attribute("title")
+    browser.screenshot("18-prepared")
+    browser.control("prelabel").click()
+    browser.control("result").filter(has_text="Pre-label of version v1").wait_for()
+    assert not browser.control("prelabel").count()
+    params = clinic.get(f"/mshub/labels/{makers[0].uid}").json()["tags"]["original"]["params"]
+    assert browser.text("sureness") == said_of(params)
+    shown, names = browser.labelmap()
+    np.testing.assert_array_equal(shown, clinic.predicted(folder))
+    assert "tiny v1: not submitted" in browser.text("state")
+    browser.screenshot("19-pre-label")
+    browser.brush("spleen", 4, MIDDLE)
+    drawn, _ = browser.labelmap()
+    browser.submit("Dr. Ohif")
+    stored, stored_names = clinic.stored(makers[0].uid, folder)
+    assert same_structures(stored, stored_names, drawn, names)
+    kept = clinic.kept(makers[0].uid)
+    assert kept["started_from"] == {"model": "tiny", "version": "v1"}
+    assert kept["agreement"]["edited_voxels"] == np.count_nonzero(drawn != shown)
+
+
+def test_after_ten_reviewed_cases_the_expected_dice_and_a_hint_are_shown(clinic: Clinic) -> None:
+    browser, case = clinic.browser, SeriesMaker("the-eleventh", seed=90)
+    for number in range(10):
+        maker = SeriesMaker(f"reviewed-{number}", seed=80 + number)
+        clinic.store(maker)
+        label = clinic.infer(maker.uid, save_label=True)
+        assert clinic.submit(maker.uid, label.content).status_code == 200
+    for maker in (case, SeriesMaker("the-twelfth", seed=91)):
+        clinic.store(maker)
+    browser.open_mode(case.study_uid)
+    browser.segment("tiny")
+    params = clinic.get(f"/mshub/labels/{case.uid}").json()["tags"]["original"]["params"]
+    assert browser.text("sureness") == said_of(params)
+    assert browser.text("sureness").startswith("Expected Dice")
+    assert f"from {params['expected_dice']['cases']} reviewed cases" in browser.control("sureness").get_attribute(
+        "title"
+    )
+    browser.screenshot("20-expected-dice")
+
+    assert browser.next_case("random").startswith("Why this case: drawn at random")
+    assert "hold-out" in browser.text("audit")
+    hint = browser.text("hint")
+    assert "nearly as the model made them" in hint
+    assert "strategy “Likely failures first”" in hint
+    browser.screenshot("21-random-case-and-hint")
+    browser.next_case("first")
+    assert not browser.control("audit").count()
+
+
+def test_the_ways_to_choose_have_names_and_a_case_that_is_not_there_is_explained(clinic: Clinic) -> None:
+    maker, other = SeriesMaker("no-next-case", seed=95), SeriesMaker("doubted", seed=96)
+    clinic.store(maker)
+    clinic.store(other)
+    clinic.submit(other.uid, clinic.infer(other.uid, save_label=True).content)
+    browser = clinic.browser
+    browser.open_mode(maker.study_uid)
+    browser.control("strategy").wait_for()
+    strategies = clinic.get("/info/").json()["strategies"]
+    options = browser.control("strategy").locator("option")
+    told = [(option.get_attribute("value"), option.get_attribute("title")) for option in options.all()]
+    assert told == [(name, facts["description"]) for name, facts in strategies.items()]
+    assert not [name for name in options.all_inner_texts() if name.lower() == name]
+
+    browser.segment("tiny")
+    why = "all 3 cases that wait are with other people; the first is free again at 14:05"
+    answer_next_case_with(browser, {"why": why, "waiting": 3})
+    browser.control("next").click()
+    browser.page.get_by_text("No next case").wait_for()
+    assert f"A{why[1:]}." in toast(browser)
+    browser.screenshot("22-no-next-case")
+
+    here = clinic.get("/datastore/image/info", image=maker.uid).json()
+    answer_next_case_with(browser, {**here, "id": maker.uid, "why": "you have it already"})
+    browser.control("next").click()
+    browser.page.get_by_text("No other case").wait_for()
+    assert browser.labelmap()[0].any()  # what was not submitted is still there
+
+    doubted = clinic.get("/datastore/image/info", image=other.uid).json()
+    answer_next_case_with(browser, {**doubted, "id": other.uid, "why": "its label looks wrong: liver"})
+    assert "its label looks wrong" in browser.next_case("relabel")
+    browser.control("load").click()
+    browser.control("state").filter(has_text="Submitted label: not submitted").wait_for()
+    browser.screenshot("23-doubtful-label")
+    browser.page.unroute("**/activelearning/*")
+
+
+def answer_next_case_with(browser: OhifBrowser, answer: dict[str, Any]) -> None:
+    """Let the server seem to answer so when it is asked for the next case."""
+    browser.page.unroute("**/activelearning/*")
+    browser.page.route("**/activelearning/*", lambda route: route.fulfill(json=answer))
 
 
 # OHIF's own "Export, DICOM SEG" without its dialog for a description.

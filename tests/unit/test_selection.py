@@ -158,9 +158,9 @@ def test_no_feature_counts_more_for_being_large() -> None:
 
 def test_hybrid_takes_variety_among_the_doubtful_only() -> None:
     sure = [case(f"sure{n}", 0.95, embedding=(float(n), 50.0)) for n in range(14)]
-    doubtful = [case(f"d{n}", 0.2, embedding=(float(n), 0.0)) for n in range(10)]
+    doubtful = [case(f"d{n}", 0.2 + n / 100, embedding=(float(n), 0.0)) for n in range(10)]
     found = order("hybrid", [*sure, *doubtful], [case("t", 0.9, embedding=(0.0, 0.0))])
-    assert found[0] == "d9"
+    assert found[0] == "d7"
     assert {name[0] for name in found[:8]} == {"d"}, "a third of 24 cases"
 
 

@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from monailabel.interfaces.datastore import Datastore
@@ -19,13 +20,14 @@ from lib.activelearning.casebook import Casebook, patients_of
 from lib.conf import Config
 from mshub.case_index import Lease
 from mshub.holdout import HoldOut
-from mshub.selection import STRATEGIES, Choice
+from mshub.selection import STRATEGIES
 from mshub.selection import Strategy as Ranking
 from mshub.store import ModelStore, ModelVersion
 
 SECONDS_PER_MINUTE = 60
-SOON = 500
-"""So many cases are put in order, at most, for one choice."""
+ATTEMPTS = 20
+SOON = 50
+"""So many cases, the best, are tried before the others are looked at again: some may just have been taken."""
 
 
 @dataclass(frozen=True)
@@ -83,16 +85,16 @@ class Offers:
             ``id``, ``why``, ``strategy`` (that chose), ``audit``, ``waiting`` (cases without a label), ``model``,
             ``version``, ``leased_until``; without ``id`` where there is no case, and ``why`` says so.
         """
-        ranking, client = STRATEGIES[strategy], str(request.get("client_id") or "")
         version = self._store.current(request["model"]) if request.get("model") else None
-        cases = labelled(request, datastore) if ranking.of_labelled else unlabelled(request, datastore)
-        leases = self._casebook.index.leases()
-        offer = self._offer(ranking, client, version, _wanted(cases, leases, request), leases, request, datastore)
-        offer = offer or self._own(client, cases, leases, request)
+        asked = _Asked(STRATEGIES[strategy], str(request.get("client_id") or ""), version, request, datastore)
+        cases = asked.cases()
+        offer, leases = self._offer(asked, cases)
+        offer = offer or self._own(asked, cases, leases)
         if offer is None:
-            return {"why": _nothing(ranking, cases, leases), "waiting": len(cases)}
+            return {"why": _nothing(asked.ranking, cases, leases), "waiting": len(cases)}
         if not offer.again:
-            self._keep(offer, client, version)
+            model = asked.model
+            self._casebook.index.keep_choice(offer.image, model, asked.client, offer.strategy, offer.audit, offer.why)
         facts = {"model": version.model_id, "version": version.version} if version else {}
         until = {"leased_until": int(time.time() + self._lease_s)}
         told = {"id": offer.image, "why": offer.why, "strategy": offer.strategy, "audit": offer.audit}
@@ -111,57 +113,49 @@ class Offers:
     def _lease_s(self) -> float:
         return self._config.lease_minutes * SECONDS_PER_MINUTE
 
-    def _offer(
-        self,
-        ranking: Ranking,
-        client: str,
-        version: ModelVersion | None,
-        free: Sequence[str],
-        leases: dict[str, Lease],
-        request: dict[str, Any],
-        datastore: Datastore,
-    ) -> Offer | None:
-        """Lease the best of the free cases; None where there is none."""
-        judging = self._judging(version, free, datastore)
+    def _offer(self, asked: _Asked, cases: Sequence[str]) -> tuple[Offer | None, dict[str, Lease]]:
+        """Lease the best of the free cases, None where there is none; and return the leases there were before."""
+        for _ in range(ATTEMPTS):
+            leases = self._casebook.index.leases()
+            free = _wanted(cases, leases, asked.request)
+            offer = self._offer_of(asked, free, leases)
+            if offer or not free:
+                break
+        return offer, leases
+
+    def _offer_of(self, asked: _Asked, free: Sequence[str], leases: dict[str, Lease]) -> Offer | None:
+        judging = set() if asked.ranking.is_random else self._judging(asked.version, free, asked.datastore)
         fair = [image for image in free if image not in judging]
-        audits = [image for image in free if image in judging] if not ranking.of_labelled else []
-        if ranking.is_random:
-            fair, audits = list(free), []
-        elif version and audits and (not fair or self._casebook.index.audit_is_due(version.model_id, self._every)):
-            offer = self._audit(audits, client, version)
-            if offer:
-                return offer
-        others = labelled(request, datastore)
-        taken = others if ranking.of_labelled else [*others, *leases]
-        pool = self._casebook.pool(
-            version, [] if ranking.of_labelled else fair, fair if ranking.of_labelled else taken, datastore
-        )
-        return self._lease(ranking.ranked(pool, self._rng), ranking, client, version) or (
-            self._audit(audits, client, version) if audits and version else None
-        )
+        audits = [] if asked.ranking.of_labelled else [image for image in free if image in judging]
+        if audits and fair and self._casebook.index.audit_is_due(asked.model, self._every):
+            return self._audit(asked, audits)
+        return self._chosen(asked, fair, leases) or (self._audit(asked, audits) if audits else None)
+
+    def _chosen(self, asked: _Asked, fair: Sequence[str], leases: dict[str, Lease]) -> Offer | None:
+        """Lease the best of the cases a strategy may choose from."""
+        if not fair:
+            return None
+        if asked.ranking.of_labelled:
+            waiting, taken = [], list(fair)
+        else:
+            waiting, taken = list(fair), [*labelled(asked.request, asked.datastore), *leases]
+        pool = self._casebook.pool(asked.version, waiting, taken, asked.datastore)
+        ranked = asked.ranking.ranked(pool, self._rng)
+        choices = {choice.image: choice for choice in islice(ranked, SOON)}
+        image = self._casebook.index.lease(list(choices), asked.client, self._lease_s, model=asked.model)
+        return Offer(image, choices[image].why, asked.ranking.name, asked.ranking.is_random) if image else None
 
     @property
     def _every(self) -> int:
         return self._config.audit_every
 
-    def _lease(self, ranked: Any, ranking: Ranking, client: str, version: ModelVersion | None) -> Offer | None:
-        choices: dict[str, Choice] = {}
-        for choice in ranked:
-            choices[choice.image] = choice
-            if len(choices) >= SOON:
-                break
-        image = self._casebook.index.lease(
-            list(choices), client, self._lease_s, model=version.model_id if version else ""
-        )
-        return Offer(image, choices[image].why, ranking.name, audit=ranking.is_random) if image else None
-
-    def _audit(self, audits: Sequence[str], client: str, version: ModelVersion) -> Offer | None:
+    def _audit(self, asked: _Asked, audits: Sequence[str]) -> Offer | None:
         """Lease a random case of a patient who judges versions."""
         order = self._rng.sample(audits, len(audits))
-        image = self._casebook.index.lease(order, client, self._lease_s, model=version.model_id)
+        image = self._casebook.index.lease(order, asked.client, self._lease_s, model=asked.model)
         why = (
-            f"drawn at random from the {len(audits)} of patients who judge new versions: each "
-            f"{_ordinal(self._every)} case or so is one of these"
+            f"drawn at random from {len(audits)} of patients who judge new versions: each {_ordinal(self._every)} "
+            "case or so is one of these"
         )
         return Offer(image, why, "random", audit=True) if image else None
 
@@ -174,21 +168,35 @@ class Offers:
         judges = ledger.judging(set(patients.values()))
         return {image for image in images if patients[image] in judges}
 
-    def _own(
-        self, client: str, cases: Sequence[str], leases: dict[str, Lease], request: dict[str, Any]
-    ) -> Offer | None:
+    def _own(self, asked: _Asked, cases: Sequence[str], leases: dict[str, Lease]) -> Offer | None:
         """Return the case the client has had longest: nothing else waits. Clients without a name are one client."""
-        skipped = request.get("skip") or []
-        own = [lease for lease in leases.values() if lease.client == client and lease.image in set(cases)]
+        skipped = asked.request.get("skip") or []
+        own = [lease for lease in leases.values() if lease.client == asked.client and lease.image in set(cases)]
         best = min(own, key=lambda lease: (lease.image in skipped, lease.until), default=None)
         if best is None:
             return None
-        self._casebook.index.renew(best.image, client, self._lease_s)
+        self._casebook.index.renew(best.image, asked.client, self._lease_s)
         return Offer(best.image, "you have it already, and no other case waits", "", again=True)
 
-    def _keep(self, offer: Offer, client: str, version: ModelVersion | None) -> None:
-        model = version.model_id if version else ""
-        self._casebook.index.keep_choice(offer.image, model, client, offer.strategy, offer.audit, offer.why)
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a client asks for."""
+
+    ranking: Ranking
+    client: str
+    version: ModelVersion | None
+    request: dict[str, Any]
+    datastore: Datastore
+
+    @property
+    def model(self) -> str:
+        return self.version.model_id if self.version else ""
+
+    def cases(self) -> list[str]:
+        """Return the cases the strategy chooses among, those in work included."""
+        among = labelled if self.ranking.of_labelled else unlabelled
+        return among(self.request, self.datastore)
 
 
 class OfferStrategy(Strategy):  # type: ignore[misc]
