@@ -307,13 +307,13 @@ def test_how_sure_the_model_is_and_what_was_changed_is_said(clinic: Clinic) -> N
 
 def test_cases_are_prepared_and_a_pre_label_is_corrected_like_any_result(clinic: Clinic) -> None:
     makers = [SeriesMaker(f"prepared-{number}", seed=60 + number) for number in range(PREPARED)]
-    folder = [clinic.store(maker) for maker in makers][0]
+    folder, *_ = [clinic.store(maker) for maker in makers]
     clinic.store(SeriesMaker("prepared with a gap"), lambda slices: [*slices[:8], *slices[11:]])
     browser = clinic.browser
     browser.open_mode(makers[0].study_uid)
     browser.control("model-tiny").check()
     browser.control("strategy").select_option("relabel")
-    browser.control("prepare").click()
+    browser.control("prepare").click(force=True)
     assert "labelled cases" in toast(browser)
     assert not browser.control("prepared").count()
 
