@@ -11,12 +11,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 from scipy import ndimage
 
 from mshub.geometry import Array
+from mshub.volumes import three_digits, unusual_volume
 
 MOST_HINTS = 8
 """Of one label: a longer list is read by nobody."""
@@ -30,17 +30,11 @@ CONTINUES = 0.5
 """Share of a cross-section that lies over the one beyond a gap if both are of one piece."""
 HOLLOW, HOLLOW_MM3, TINY_MM3 = 0.01, 1000.0, 27.0
 """Holes are told from this share of the structure or this volume on, whatever is less, and never below the last."""
-ENOUGH_CASES = 8
-"""So many other cases say what is usual."""
-UNUSUAL = 4.0
-"""Robust z-score of the logarithm of a volume."""
-LEAST_SPREAD = 0.1
-"""Healthy organs differ by a tenth between people: other cases that happen to be alike are no tighter limit."""
 
-_MAD_TO_SD = 1.4826
 _EVERY_NEIGHBOUR = np.ones((3, 3, 3), bool)
 _LARGEST_OBJECT = 2**16  # scipy's list of objects is as long as the largest integer, which clients choose
 _TOLD_SLICES = 3
+OTHERS = "other reviewed cases"
 _VOLUME, _SLICES, _HOLES, _ISLANDS = range(4)  # kinds of hints, what matters most first
 
 Box = tuple[slice, ...]
@@ -56,9 +50,8 @@ def label_hints(
 ) -> list[str]:
     """Return sentences about what looks unfinished, none for a label that looks as expected.
 
-    What is looked for: an unusual volume, or none, beside other cases (robust z-score of the logarithm: Iglewicz and
-    Hoaglin, How to Detect and Handle Outliers, 1993); slices left out between filled ones; unfilled holes; small pieces
-    apart from the rest (26-connectivity).
+    What is looked for: an unusual volume, or none, beside other cases (`mshub.volumes`); slices left out between filled
+    ones; unfilled holes; small pieces apart from the rest (26-connectivity).
 
     Parameters
     ----------
@@ -159,32 +152,15 @@ def _presence(drawn: _Drawn, usual: Sequence[float]) -> Iterator[Hint]:
 
 
 def _absence(name: str, usual: Sequence[float]) -> Iterator[Hint]:
-    if len(usual) >= ENOUGH_CASES and min(usual) > 0:
-        yield (
-            _VOLUME,
-            f"{name} is empty, and all {len(usual)} other reviewed cases have it (median "
-            f"{_millilitres(float(np.median(usual)))}): was it left out?",
-        )
+    told = unusual_volume(name, 0.0, usual, OTHERS)
+    if told:
+        yield _VOLUME, f"{told}: was it left out?"
 
 
 def _unusual_volume(drawn: _Drawn, usual: Sequence[float]) -> Iterator[Hint]:
-    others = [volume for volume in usual if volume > 0]
-    if len(others) < ENOUGH_CASES:
-        return
-    volume_ml = drawn.voxels * drawn.voxel_mm3 / 1000
-    score = _robust_z(math.log(volume_ml), np.log(others))
-    if abs(score) > UNUSUAL:
-        yield (
-            _VOLUME,
-            f"{drawn.name} has {_millilitres(volume_ml)}, which is {'much' if score > 0 else 'little'} beside the "
-            f"{_millilitres(float(np.median(others)))} (median) of {len(others)} other reviewed cases.",
-        )
-
-
-def _robust_z(value: float, others: Array) -> float:
-    middle = float(np.median(others))
-    spread = _MAD_TO_SD * float(np.median(np.abs(others - middle)))
-    return (value - middle) / max(spread, LEAST_SPREAD)
+    told = unusual_volume(drawn.name, drawn.voxels * drawn.voxel_mm3 / 1000, usual, OTHERS)
+    if told:
+        yield _VOLUME, f"{told}."
 
 
 # -- slices -----------------------------------------------------------------------------------------------------------
@@ -274,14 +250,5 @@ def _ranges(runs: Sequence[tuple[int, int]]) -> str:
     return ", ".join(told) + (f" and {more} more" if more else "")
 
 
-def _millilitres(value: float) -> str:
-    return f"{_number(value)} ml"
-
-
 def _cubic_millimetres(value: float) -> str:
-    return f"{_number(value)} mm³"
-
-
-def _number(value: Any) -> str:
-    """Return three digits, without an exponent."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{three_digits(value)} mm³"

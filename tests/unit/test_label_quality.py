@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from mshub.label_quality import ENOUGH_CASES, MOST_HINTS, label_hints
+from mshub.label_quality import MOST_HINTS, label_hints
+from mshub.volumes import ENOUGH_CASES
 
 SHAPE = (26, 33, 41)
 SPACING = (0.5, 1.0, 2.0)  # voxels of 1 mm³

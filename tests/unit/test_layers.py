@@ -24,7 +24,7 @@ LIBRARY_LAYERS = (
     *("mr_sequences", "channel_series", "dicom_derived", "seg_frames", "dicom_seg", "contours", "dicom_rtstruct"),
     *("label_export", "corrections"),
     *("cases", "case_folders", "training_labels", "doubts", "scores", "recipe", "gate", "holdout", "jobs", "lineage"),
-    *("agreement", "label_quality", "stopping", "uncertainty", "calibration", "selection"),
+    *("agreement", "volumes", "label_quality", "stopping", "uncertainty", "calibration", "selection"),
     *("case_schema", "case_database", "case_scores", "case_offers", "case_batches", "case_index"),
     *("report.contents", "report.words", "report.comparisons", "report.curves", "report.canvas", "report.slices"),
     "report.page",

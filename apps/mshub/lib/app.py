@@ -42,6 +42,7 @@ from mshub.nnunet.sliding_window import Check
 from mshub.selection import STRATEGIES
 from mshub.store import ModelStore, ModelVersion
 from mshub.structures import StructureOverride
+from mshub.uncertainty import Uncertainty
 
 logger = logging.getLogger(__name__)
 
@@ -263,12 +264,14 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
     def _take_note(
         self, request: dict[str, Any], params: dict[str, Any], datastore: Datastore, *, is_asked_for: bool
     ) -> None:
-        """Keep what was measured; whoever asked has the image in work. Adds what Dice to expect to `params`."""
+        """Keep what was measured; whoever asked has the image in work. Adds the Dice to expect and flags to `params`."""
         image, client = request["image_id"], str(request.get("client_id") or "")
         try:
             self.casebook.note_prediction(image, params, datastore)
             version = self.store.version(params["model"], params["model_version"])
-            params["expected_dice"] = self.casebook.expected_dice(version, params["uncertainty"]["agreement"])
+            uncertainty = Uncertainty.from_dict(params["uncertainty"])
+            params["expected_dice"] = self.casebook.expected_dice(version, uncertainty.agreement)
+            params["flags"] = self.casebook.flags(image, version, uncertainty)
             if is_asked_for:
                 self.casebook.index.note_interest(params["model"], client)
                 if client:

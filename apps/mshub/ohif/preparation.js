@@ -23,9 +23,10 @@ export class Preparation {
     return this.batches?.get(this.bench.model) ?? null;
   }
 
+  /** Take over how many cases are wanted; returns the number, where the text is none the usual one. */
   setLimit(text) {
     this.limit = Math.max(1, Math.round(Number(text)) || USUAL_LIMIT);
-    this.bench.changed();
+    return this.limit;
   }
 
   reasonNotToStart() {

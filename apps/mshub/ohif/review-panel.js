@@ -273,7 +273,7 @@ const preparationStart = ({ limit, reason, order, title }) =>
         step: 1,
         value: limit,
         'data-cy': 'mshub-prepare-limit',
-        onchange: event => workbench.preparation.setLimit(event.target.value),
+        onchange: ({ target }) => (target.value = workbench.preparation.setLimit(target.value)),
       }),
       ' cases'
     ),

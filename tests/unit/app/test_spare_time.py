@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from lib.conf import Config
 from mshub.errors import Interrupted, MSHubError
 from mshub.nnunet.engine import Engine
 from mshub.store import ModelStore
+from mshub.uncertainty import Uncertainty
 from mshub.volume_io import read_volume, write_volume
 
 pytestmark = pytest.mark.usefixtures("monailabel_here")
@@ -385,6 +387,18 @@ def test_what_dice_to_expect_is_told_once_ten_cases_were_reviewed(app: MSHubApp)
     expected = app.infer({"model": "tiny", "image": "a"})["params"]["expected_dice"]
     assert expected["low"] <= expected["dice"] <= expected["high"]
     assert (expected["cases"], 0.6 < expected["dice"] < 0.9) == (10, True)
+
+
+def test_an_unusual_volume_is_flagged(app: MSHubApp) -> None:
+    found = app.infer({"model": "tiny", "image": "a"})["params"]
+    assert found["flags"] == []
+    measured = Uncertainty.from_dict(found["uncertainty"])
+    large = {name: replace(one, volume_ml=one.volume_ml * 50) for name, one in measured.structures.items()}
+    for number in range(8):
+        app.casebook.index.keep_score(f"other{number}", "tiny", "v1", Uncertainty(large))
+    flags = app.infer({"model": "tiny", "image": "a"})["params"]["flags"]
+    assert len(flags) == 2
+    assert "little beside" in flags[0]
 
 
 def test_what_is_measured_cannot_spoil_a_prediction(app: MSHubApp, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from mshub.selection import Case, Pool
 from mshub.stopping import round_gains, stopping_hint
 from mshub.store import ModelStore, ModelVersion
 from mshub.uncertainty import Uncertainty
+from mshub.volumes import unusual_volume
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +116,18 @@ class Casebook:
             return None
         value, low, high = (round(number, 4) for number in calibration.predict(agreement))
         return {"dice": value, "low": low, "high": high, "level": calibration.level, "cases": calibration.cases}
+
+    def flags(self, image: str, version: ModelVersion, uncertainty: Uncertainty) -> list[str]:
+        """Return what is unusual about the volumes of a prediction beside those of other images."""
+        others = [
+            known for other, known in self.index.scores(version.model_id, version.version).items() if other != image
+        ]
+        found = uncertainty.structures.items()
+        usual = {
+            name: [one.structures[name].volume_ml for one in others if name in one.structures] for name, _ in found
+        }
+        told = (unusual_volume(name, one.volume_ml, usual[name], "other predictions") for name, one in found)
+        return [clause for clause in told if clause]
 
     def _calibration(self, version: ModelVersion) -> Calibration | None:
         """Return how scores and true Dice of the version go together, or else those of all versions of the model."""
