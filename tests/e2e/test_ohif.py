@@ -414,6 +414,7 @@ def test_the_ways_to_choose_have_names_and_a_case_that_is_not_there_is_explained
     browser.control("next").click()
     browser.page.get_by_text("No next case").wait_for()
     assert f"A{why[1:]}." in toast(browser)
+    browser.page.wait_for_timeout(1000)
     browser.screenshot("22-no-next-case")
 
     here = clinic.get("/datastore/image/info", image=maker.uid).json()

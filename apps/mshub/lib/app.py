@@ -21,7 +21,7 @@ from monailabel.interfaces.tasks.scoring import ScoringMethod
 from monailabel.interfaces.tasks.strategy import Strategy
 
 import mshub
-from lib.activelearning import AgreementScoring, Casebook, CaseLook, Offers, OfferStrategy, Prelabels, SpareTime
+from lib.activelearning import ActiveLearning
 from lib.activity import Activity
 from lib.conf import Config
 from lib.datastore import StudiesFolder
@@ -32,17 +32,14 @@ from lib.infers import NNUNetInferTask
 from lib.pacs import PacsStudies
 from lib.pacs_client import PacsClient
 from lib.trainers import NNUNetTrainTask, Trainings, studies_of
-from mshub.case_index import CaseIndex
 from mshub.errors import MSHubError
 from mshub.jobs import Jobs
 from mshub.label_export import FORMATS
 from mshub.nnunet.devices import available_devices
 from mshub.nnunet.network_cache import NetworkCache
 from mshub.nnunet.sliding_window import Check
-from mshub.selection import STRATEGIES
 from mshub.store import ModelStore, ModelVersion
 from mshub.structures import StructureOverride
-from mshub.uncertainty import Uncertainty
 
 logger = logging.getLogger(__name__)
 
@@ -70,11 +67,9 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         self.jobs = Jobs(self.store.home)
         self.trainings = Trainings(self.jobs, self.config)
         self._digests = Digests(self.store.home / "digests.json")
-        index = CaseIndex(self.store.home / "cases" / f"{_short_hash(studies)}.sqlite")
-        self.casebook = Casebook(index, self.store, self.config)
-        self.offers = Offers(self.casebook, self.store, self.config)
-        self.prelabels = Prelabels(index, self.offers)
-        self.spare_time: SpareTime | None = None
+        self.active_learning = ActiveLearning(
+            self.store.home / "cases" / f"{_short_hash(studies)}.sqlite", self.store, self.config
+        )
         self._infers: dict[str, NNUNetInferTask] = {}
         self._trainers: dict[str, NNUNetTrainTask] = {}
         os.environ.setdefault("PYTHONPATH", app_dir)  # MONAI Label's background tasks read it without a default
@@ -132,11 +127,11 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
 
     def init_strategies(self) -> dict[str, Strategy]:
         """Return the strategies by name, the default first; clients rely on ``random``."""
-        return {name: OfferStrategy(name, lambda: self.offers) for name in STRATEGIES}
+        return self.active_learning.strategies()
 
     def init_scoring_methods(self) -> dict[str, ScoringMethod]:
         """Return the scoring methods by name: MONAI Label's ``dice``, for several structures."""
-        return {"dice": AgreementScoring()}
+        return self.active_learning.scoring_methods()
 
     def info(self) -> dict[str, Any]:
         """Return what clients read first; models added or removed since are taken in."""
@@ -155,7 +150,7 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
             "models": {model: self.store.current(model).version for model in self._served()},
             "loaded": [str(Path(path).relative_to(self.store.home)) for path in self.cache.loaded()],
             "training": self.trainings.opened(),
-            "spare_time": self.spare_time.doing() if self.spare_time else None,
+            "spare_time": self.active_learning.doing(),
             **self.activity.as_dict(),
         }
 
@@ -167,7 +162,9 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         if settings.MONAI_LABEL_TASKS_TRAIN:
             self._resume_trainings()
         logging.getLogger("timeloop").disabled = True
-        self._start_spare_time()
+        if isinstance(self.datastore(), StudiesFolder):
+            facts = (self._task, self._infer_in_turn, self._studies, self._served, self._modalities)
+            self.active_learning.start(self.activity, self.jobs, *facts)
         if isinstance(self.datastore(), PacsStudies):
             threading.Thread(target=import_module, args=("highdicom.seg",), daemon=True).start()  # seconds, once
         super().on_init_complete()
@@ -178,15 +175,6 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
                 logger.info("%s broke off and goes on", job.id)
         except (OSError, ValueError, MSHubError) as error:  # models serve all the same
             logger.error("trainings that broke off cannot be resumed: %s", error)
-
-    def _start_spare_time(self) -> None:
-        """Begin with what the server does while nobody needs it."""
-        if not isinstance(self.datastore(), StudiesFolder):
-            return
-        look = CaseLook(self.casebook, self._task, self._studies, self._infer_in_turn)
-        facts = (self.casebook, self.store, self.config, self.activity, self.jobs)
-        self.spare_time = SpareTime(*facts, look, self._studies, self._served, self._modalities)
-        self.spare_time.start()
 
     def _structures(self) -> set[str]:
         """Return the names of all structures the installed models know: what a submitted label may hold."""
@@ -241,7 +229,8 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         path, params = task({**request, "check": check} if check else request)
         label = path
         if request["image_id"]:
-            self._take_note(request, params, datastore, is_asked_for=check is None)
+            client = str(request.get("client_id") or "") if check is None else None
+            params |= self.active_learning.note_prediction(request["image_id"], client, params, datastore)
         pixelwise = "restore_label_idx" in request or request.get("grid") == "series"
         if request.get("save_label") and request["image_id"]:
             tag = request.get("label_tag") or DefaultLabelTag.ORIGINAL
@@ -260,24 +249,6 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         """Segment one image nobody waits for."""
         answer = self.infer(request, check=check)
         return {**answer, "file": Path(answer["file"])}
-
-    def _take_note(
-        self, request: dict[str, Any], params: dict[str, Any], datastore: Datastore, *, is_asked_for: bool
-    ) -> None:
-        """Keep what was measured; whoever asked has the image in work. Adds the Dice to expect and flags to `params`."""
-        image, client = request["image_id"], str(request.get("client_id") or "")
-        try:
-            self.casebook.note_prediction(image, params, datastore)
-            version = self.store.version(params["model"], params["model_version"])
-            uncertainty = Uncertainty.from_dict(params["uncertainty"])
-            params["expected_dice"] = self.casebook.expected_dice(version, uncertainty.agreement)
-            params["flags"] = self.casebook.flags(image, version, uncertainty)
-            if is_asked_for:
-                self.casebook.index.note_interest(params["model"], client)
-                if client:
-                    self.casebook.index.renew(image, client, self.config.lease_minutes * 60, model=params["model"])
-        except (MSHubError, OSError) as error:  # the prediction is what counts
-            logger.error("what was measured of %s is not kept: %s", image, error)
 
     def infer_dicom(self, request: dict[str, Any], format: str) -> Path:
         """Segment one series of the PACS, and return the label as a temporary DICOM file; `format` as `FORMATS`."""
@@ -319,28 +290,19 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         strategy = request.get("strategy") or "random"
         if strategy not in self._strategies:
             raise not_found("strategy", str(strategy), sorted(self._strategies))
-        client, model = str(request.get("client_id") or ""), self._model_for(request)
-        request = {**request, "model": model}
-        if model is not None:
-            self.casebook.index.note_interest(model, client)
-            request["modalities"] = self._modalities(self.store.current(model))
+        model = self._model_for(request)
+        modalities = self._modalities(self.store.current(model)) if model is not None else []
         with as_http_errors():
-            sample: dict[str, Any] = self._strategies[strategy](request, self.datastore())
-        hint = self.casebook.hint(model) if model is not None else None
-        sample = {**sample, **({"hint": hint} if hint else {})}
-        if "id" not in sample:
-            return sample
-        datastore = self.datastore()
-        if sample["strategy"] and isinstance(datastore, StudiesFolder):
-            datastore.note_offer(sample["id"], sample["strategy"], client)
-        return {**sample, "path": datastore.get_image_uri(sample["id"])}
+            return self.active_learning.next(
+                strategy, {**request, "model": model, "modalities": modalities}, self.datastore()
+            )
 
     def _model_for(self, request: dict[str, Any]) -> str | None:
         """Return the model a client wants cases for."""
         served = self._served()
         if request.get("model"):
             return self._task(request["model"]).model_id
-        last = self.casebook.index.last_model(str(request.get("client_id") or ""))
+        last = self.active_learning.last_model(str(request.get("client_id") or ""))
         return last if last in served else served[0] if len(served) == 1 else None
 
     def _modalities(self, version: ModelVersion) -> list[str]:
@@ -348,21 +310,11 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         kinds = sorted({str(channel.modality) for channel in version.channels} - {"other"})
         return kinds if isinstance(self.datastore(), PacsStudies) else []
 
-    def resume_prelabelling(self, batch: int) -> dict[str, Any]:
-        """Let a stopped batch go on; 404 for an unknown one."""
-        told = self.prelabels.resume(batch)
-        if self.spare_time:
-            self.spare_time.wake()
-        return told
-
     def start_prelabelling(self, model: str, request: dict[str, Any]) -> dict[str, Any]:
         """Start a batch of pre-labels; see `Prelabels.start`. 404 for an unknown model."""
         version = self.store.current(self._task(model).model_id)
         with as_http_errors():
-            batch = self.prelabels.start(version, request, self._modalities(version), self._studies())
-        if self.spare_time:
-            self.spare_time.wake()
-        return batch
+            return self.active_learning.prelabel(version, request, self._modalities(version), self._studies())
 
     def on_save_label(self, image_id: str, label_id: str) -> dict[str, Any]:
         """Return what the answer to a submitted label says of it, and let others have the image.
@@ -373,10 +325,7 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         tags = datastore.get_labels_by_image_id(image_id)
         if DefaultLabelTag.FINAL.value not in tags:
             return {}
-        try:
-            self.casebook.note_submission(image_id, datastore)
-        except MSHubError as error:  # the label is stored, and that is what counts
-            logger.error("how the label of %s agrees with its pre-label is not kept: %s", image_id, error)
+        self.active_learning.note_submission(image_id, datastore)
         info = datastore.get_label_info(image_id, DefaultLabelTag.FINAL.value)
         return {key: info[key] for key in ("reviewed", "agreement", "doubts", "hints", "pacs") if key in info}
 

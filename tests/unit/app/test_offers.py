@@ -56,7 +56,7 @@ def measured(agreement: float, embedding: Sequence[float] = (0.0,), empty: bool 
 
 def know(app: MSHubApp, scores: dict[str, Uncertainty]) -> None:
     for image, uncertainty in scores.items():
-        app.casebook.index.keep_score(image, "tiny", "v1", uncertainty)
+        app.active_learning.casebook.index.keep_score(image, "tiny", "v1", uncertainty)
 
 
 def ask(app: MSHubApp, strategy: str = "uncertainty", client: str = "ann", **more: Any) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def test_what_the_model_is_least_sure_of_comes_first_and_says_so(make_clinic: Ma
 
 def test_scores_of_another_version_do_not_count(make_clinic: MakeClinic) -> None:
     app = make_clinic(2)
-    app.casebook.index.keep_score("case001", "tiny", "v0", measured(0.1))
+    app.active_learning.casebook.index.keep_score("case001", "tiny", "v0", measured(0.1))
     assert "not looked at yet" in ask(app)["why"]
 
 
@@ -130,7 +130,7 @@ def test_a_labelled_case_that_looks_wrong_is_offered_again(make_clinic: MakeClin
     for image in ("case000", "case001"):
         label(app, image)
         know(app, {image: measured(0.95)})
-    look = app.casebook.index.keep_label_dice
+    look = app.active_learning.casebook.index.keep_label_dice
     look("case000", "tiny", "v1", {"liver": 0.93, "spleen": 0.9}, label_state="1")
     look("case001", "tiny", "v1", {"liver": 0.94, "spleen": 0.3}, label_state="1")
     sample = ask(app, "relabel")
@@ -208,7 +208,7 @@ def test_a_submitted_label_ends_the_lease(make_clinic: MakeClinic) -> None:
     image = ask(app)["id"]
     label(app, image)
     app.on_save_label(image, image)
-    assert app.casebook.index.leases() == {}
+    assert app.active_learning.casebook.index.leases() == {}
 
 
 # -- the hold-out -----------------------------------------------------------------------------------------------------
@@ -263,7 +263,9 @@ def test_random_is_an_audit_whoever_it_draws(make_clinic: MakeClinic) -> None:
 def test_labels_submitted_as_the_model_made_them_are_a_reason_to_stop(make_clinic: MakeClinic) -> None:
     app = make_clinic(20)
     for number in range(12):
-        app.casebook.index.keep_agreement(f"case{number:03d}", "tiny", "v1", {"liver": 0.98}, 7, score=0.9)
+        app.active_learning.casebook.index.keep_agreement(
+            f"case{number:03d}", "tiny", "v1", {"liver": 0.98}, 7, score=0.9
+        )
     assert "nearly as the model made them" in ask(app)["hint"]
 
 

@@ -14,9 +14,9 @@ import pytest
 from fastapi import HTTPException
 
 from factories import make_image
-from lib.activelearning import SpareTime
 from lib.activelearning import spare_time as spare_time_module
 from lib.activelearning.case_look import CaseLook
+from lib.activelearning.spare_time import SpareTime
 from lib.app import MSHubApp
 from lib.conf import Config
 from mshub.errors import Interrupted, MSHubError
@@ -54,8 +54,8 @@ def spare(app: MSHubApp) -> SpareTime:
 
 
 def spare_time_of(app: MSHubApp, config: Config | None = None) -> SpareTime:
-    look = CaseLook(app.casebook, app._task, app._studies, app._infer_in_turn)
-    facts = (app.casebook, app.store, config or app.config, app.activity, app.jobs)
+    look = CaseLook(app.active_learning.casebook, app._task, app._studies, app._infer_in_turn)
+    facts = (app.active_learning.casebook, app.store, config or app.config, app.activity, app.jobs)
     time.sleep(0.01)
     return SpareTime(*facts, look, app._studies, app._served, app._modalities)
 
@@ -78,7 +78,7 @@ def until(true: Callable[[], bool], seconds: float = 60) -> None:
 
 
 def known(app: MSHubApp) -> set[str]:
-    return set(app.casebook.index.scores("tiny", "v1"))
+    return set(app.active_learning.casebook.index.scores("tiny", "v1"))
 
 
 def submit(app: MSHubApp, image: str) -> None:
@@ -108,7 +108,7 @@ def test_waiting_cases_are_looked_at_one_by_one_until_all_are_known(app: MSHubAp
 def test_what_a_look_measures_is_what_a_prediction_measures(app: MSHubApp, spare: SpareTime) -> None:
     spare.once()
     (image,) = known(app)
-    looked = app.casebook.index.score(image, "tiny", "v1")
+    looked = app.active_learning.casebook.index.score(image, "tiny", "v1")
     answer = app.infer({"model": "tiny", "image": image})
     Path(answer["file"]).unlink()
     assert looked is not None
@@ -135,10 +135,10 @@ def test_what_another_profile_measured_is_not_comparable_and_not_kept(app: MSHub
 def test_an_image_that_was_replaced_is_looked_at_again(app: MSHubApp, spare: SpareTime) -> None:
     for _ in NAMES:
         spare.once()
-    before = app.casebook.index.score("a", "tiny", "v1")
+    before = app.active_learning.casebook.index.score("a", "tiny", "v1")
     make_image(Path(app.studies) / "a.nii.gz", SHAPE, seed=77)
     assert spare.once() == 0.0
-    assert app.casebook.index.score("a", "tiny", "v1") != before
+    assert app.active_learning.casebook.index.score("a", "tiny", "v1") != before
 
 
 def test_labelled_cases_are_compared_with_what_the_version_sees(app: MSHubApp, spare: SpareTime) -> None:
@@ -147,7 +147,7 @@ def test_labelled_cases_are_compared_with_what_the_version_sees(app: MSHubApp, s
     for _ in NAMES:
         assert spare.once() == 0.0
     assert spare.once() > 0
-    ((image, (_, dice)),) = app.casebook.index.label_dice("tiny", "v1").items()
+    ((image, (_, dice)),) = app.active_learning.casebook.index.label_dice("tiny", "v1").items()
     submitted = app.datastore().get_label_info("b", "final")["agreement"]["dice"]
     assert image == "b"
     assert dice == pytest.approx(submitted)
@@ -159,7 +159,7 @@ def test_an_image_that_cannot_be_predicted_is_tried_once(app: MSHubApp, spare: S
     while spare.once() == 0.0:
         pass
     assert known(app) == {"b", "c"}
-    assert set(app.casebook.index.failures("tiny", "v1")) == {"a"}
+    assert set(app.active_learning.casebook.index.failures("tiny", "v1")) == {"a"}
 
 
 def test_of_many_cases_only_a_sample_is_looked_at(app: MSHubApp) -> None:
@@ -232,7 +232,7 @@ def test_a_pacs_that_does_not_answer_is_no_failure_of_the_image(
     monkeypatch.setattr(CaseLook, "measure", down)
     with pytest.raises(HTTPException):
         spare.once()
-    assert app.casebook.index.failures("tiny", "v1") == {}
+    assert app.active_learning.casebook.index.failures("tiny", "v1") == {}
 
 
 # -- batches ----------------------------------------------------------------------------------------------------------
@@ -252,10 +252,10 @@ def test_a_batch_gives_every_waiting_case_a_pre_label(app: MSHubApp, spare: Spar
     assert (batch["total"], batch["ended"], batch["state"]) == (2, 0, "running")
     time.sleep(0.01)
     spare.once()
-    told = app.prelabels.status(batch["id"])
+    told = app.active_learning.prelabels.status(batch["id"])
     assert (told["ended"], told["counts"]["done"]) == (1, 1)
     spare.once()
-    assert app.prelabels.status(batch["id"])["state"] == "done"
+    assert app.active_learning.prelabels.status(batch["id"])["state"] == "done"
     assert prelabelled(app) == set(NAMES)
     info = app.datastore().get_label_info("a", "original")
     assert info["params"]["model_version"] == "v1"
@@ -265,23 +265,23 @@ def test_a_batch_gives_every_waiting_case_a_pre_label(app: MSHubApp, spare: Spar
 def test_a_batch_takes_the_cases_in_the_order_of_the_strategy(app: MSHubApp, spare: SpareTime) -> None:
     for _ in NAMES:
         spare.once()
-    doubts = {image: app.casebook.index.score(image, "tiny", "v1") for image in NAMES}
+    doubts = {image: app.active_learning.casebook.index.score(image, "tiny", "v1") for image in NAMES}
     order = sorted(NAMES, key=lambda image: doubts[image].agreement)  # type: ignore[union-attr]
     batch_of(app, strategy="uncertainty", limit=2)
     spare.once()
     assert prelabelled(app) == {order[0]}
     spare.once()
     assert prelabelled(app) == set(order[:2])
-    assert app.prelabels.all()[0]["state"] == "done"
+    assert app.active_learning.prelabels.all()[0]["state"] == "done"
 
 
 def test_chosen_cases_only_and_those_done_already_are_passed_over(app: MSHubApp, spare: SpareTime) -> None:
     Path(app.infer({"model": "tiny", "image": "c", "save_label": True})["file"]).unlink()
     batch = batch_of(app, images=["c", "a"], strategy="first")
     time.sleep(0.01)
-    while app.prelabels.status(batch["id"])["state"] == "running":
+    while app.active_learning.prelabels.status(batch["id"])["state"] == "running":
         spare.once()
-    assert app.prelabels.status(batch["id"])["counts"] == {
+    assert app.active_learning.prelabels.status(batch["id"])["counts"] == {
         "waiting": 0, "running": 0, "done": 1, "failed": 0, "skipped": 1
     }  # fmt: skip
     assert prelabelled(app) == {"a", "c"}
@@ -292,7 +292,7 @@ def test_a_bad_image_is_told_and_does_not_end_the_batch(app: MSHubApp, spare: Sp
     batch = batch_of(app, strategy="first")
     for _ in NAMES:
         spare.once()
-    told = app.prelabels.status(batch["id"])
+    told = app.active_learning.prelabels.status(batch["id"])
     assert (told["state"], told["counts"]["done"]) == ("done", 2)
     assert [failure["image"] for failure in told["failures"]] == ["a"]
     assert told["failures"][0]["message"]
@@ -301,12 +301,12 @@ def test_a_bad_image_is_told_and_does_not_end_the_batch(app: MSHubApp, spare: Sp
 def test_a_stopped_batch_goes_on_where_it_was_also_after_a_restart(app: MSHubApp, spare: SpareTime) -> None:
     batch = batch_of(app, strategy="first")["id"]
     spare.once()
-    app.prelabels.stop(batch)
+    app.active_learning.prelabels.stop(batch)
     assert spare.once() == 0.0  # looks at a case instead
     assert prelabelled(app) == {"a"}
-    app.casebook.index.close()
+    app.active_learning.casebook.index.close()
     again = MSHubApp(str(Path(app.studies).parent / "app"), app.studies, {"device": "cpu", "profile": "fast"})
-    again.resume_prelabelling(batch)
+    again.active_learning.resume(batch)
     spare = spare_time_of(again)
     spare.once()
     spare.once()
@@ -323,7 +323,7 @@ def test_a_batch_that_is_interrupted_loses_no_case(
     with monkeypatch.context() as patched:
         patched.setattr(CaseLook, "prelabel", interrupted)
         spare.once()
-    assert app.prelabels.status(batch)["counts"]["waiting"] == 3
+    assert app.active_learning.prelabels.status(batch)["counts"]["waiting"] == 3
     for _ in NAMES:
         spare.once()
     assert prelabelled(app) == set(NAMES)
@@ -345,11 +345,11 @@ def test_a_batch_that_cannot_be_is_refused(app: MSHubApp, request_: dict[str, An
         app.start_prelabelling("tiny", request_)
     assert caught.value.status_code == status
     assert words in str(caught.value.detail)
-    assert app.prelabels.all() == []
+    assert app.active_learning.prelabels.all() == []
 
 
 def test_an_unknown_batch_is_a_404(app: MSHubApp) -> None:
-    for ask in (app.prelabels.status, app.prelabels.stop, app.resume_prelabelling):
+    for ask in (app.active_learning.prelabels.status, app.active_learning.prelabels.stop, app.active_learning.resume):
         with pytest.raises(HTTPException) as caught:
             ask(7)
         assert caught.value.status_code == 404
@@ -372,7 +372,7 @@ def test_a_submission_is_told_how_much_was_changed(app: MSHubApp) -> None:
     told = app.on_save_label("b", "b")
     assert told["agreement"]["edited_voxels"] > 0
     assert isinstance(told["hints"], list)
-    (row,) = app.casebook.index.agreements("tiny", "v1")
+    (row,) = app.active_learning.casebook.index.agreements("tiny", "v1")
     assert (row.image, row.edited_voxels) == ("b", told["agreement"]["edited_voxels"])
     assert row.score == app.datastore().get_label_info("b", "original")["params"]["uncertainty"]["agreement"]
 
@@ -381,9 +381,9 @@ def test_what_dice_to_expect_is_told_once_ten_cases_were_reviewed(app: MSHubApp)
     answer = app.infer({"model": "tiny", "image": "a"})
     assert answer["params"]["expected_dice"] is None
     score = answer["params"]["uncertainty"]["agreement"]
+    keep = app.active_learning.casebook.index.keep_agreement
     for number in range(10):
-        app.casebook.index.keep_agreement(f"old{number}", "tiny", "v1", {"liver": 0.7 + number / 100}, 5,
-                                          score=score - 0.1 + number / 50)  # fmt: skip
+        keep(f"old{number}", "tiny", "v1", {"liver": 0.7 + number / 100}, 5, score=score - 0.1 + number / 50)
     expected = app.infer({"model": "tiny", "image": "a"})["params"]["expected_dice"]
     assert expected["low"] <= expected["dice"] <= expected["high"]
     assert (expected["cases"], 0.6 < expected["dice"] < 0.9) == (10, True)
@@ -395,7 +395,7 @@ def test_an_unusual_volume_is_flagged(app: MSHubApp) -> None:
     measured = Uncertainty.from_dict(found["uncertainty"])
     large = {name: replace(one, volume_ml=one.volume_ml * 50) for name, one in measured.structures.items()}
     for number in range(8):
-        app.casebook.index.keep_score(f"other{number}", "tiny", "v1", Uncertainty(large))
+        app.active_learning.casebook.index.keep_score(f"other{number}", "tiny", "v1", Uncertainty(large))
     flags = app.infer({"model": "tiny", "image": "a"})["params"]["flags"]
     assert len(flags) == 2
     assert "little beside" in flags[0]
@@ -405,5 +405,5 @@ def test_what_is_measured_cannot_spoil_a_prediction(app: MSHubApp, monkeypatch: 
     def broken(*_: Any, **__: Any) -> None:
         raise MSHubError("The disk is full.")
 
-    monkeypatch.setattr(app.casebook.index, "keep_score", broken)
+    monkeypatch.setattr(app.active_learning.casebook.index, "keep_score", broken)
     assert Path(app.infer({"model": "tiny", "image": "a", "client_id": "ann"})["file"]).is_file()

@@ -14,6 +14,11 @@ from mshub.nnunet.sliding_window import Check
 from mshub.store import ModelVersion
 from mshub.training_labels import read_reviewed_label
 
+TaskOf = Callable[[str], NNUNetInferTask]
+"""Returns the task of a model."""
+Infer = Callable[[dict[str, Any], Check], dict[str, Any]]
+"""Answers a request as the app does, ended by a check."""
+
 
 class CaseLook:
     """Implements `lib.activelearning.spare_time.Look` with the app's tasks.
@@ -21,20 +26,18 @@ class CaseLook:
     Parameters
     ----------
     casebook : Casebook
-    task : callable
-        Returns the task of a model.
+    task : TaskOf
     datastore : callable
         Returns the datastore.
-    infer : callable
-        Answers a request as the app does, ended by a check.
+    infer : Infer
     """
 
     def __init__(
         self,
         casebook: Casebook,
-        task: Callable[[str], NNUNetInferTask],
+        task: TaskOf,
         datastore: Callable[[], StudiesFolder],
-        infer: Callable[[dict[str, Any], Check], dict[str, Any]],
+        infer: Infer,
     ) -> None:
         self._casebook, self._task, self._datastore, self._infer = casebook, task, datastore, infer
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -202,13 +202,13 @@ class _Asked:
 class OfferStrategy(Strategy):  # type: ignore[misc]
     """One strategy as MONAI Label's clients see it."""
 
-    def __init__(self, name: str, offers: Callable[[], Offers]) -> None:
+    def __init__(self, name: str, offers: Offers) -> None:
         self._name, self._offers = name, offers
         super().__init__(STRATEGIES[name].description)
 
     def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any]:
         """Return the next case; see `Offers.next`."""
-        return self._offers().next(self._name, request, datastore)
+        return self._offers.next(self._name, request, datastore)
 
 
 def unlabelled(request: dict[str, Any], datastore: Datastore) -> list[str]:

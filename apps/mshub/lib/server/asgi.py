@@ -204,22 +204,22 @@ def start_prelabelling(user: Annotator, model: str, params: Annotated[Any, Body(
 
 def list_prelabelling(user: AnyUser) -> Any:
     """Return all batches of pre-labels, newest first."""
-    return app_instance().prelabels.all()
+    return app_instance().active_learning.prelabels.all()
 
 
 def prelabelling(user: AnyUser, batch: int) -> Any:
     """Return how far a batch is."""
-    return app_instance().prelabels.status(batch)
+    return app_instance().active_learning.prelabels.status(batch)
 
 
 def stop_prelabelling(user: Annotator, batch: int) -> Any:
     """Let a batch stop before its next case."""
-    return app_instance().prelabels.stop(batch)
+    return app_instance().active_learning.prelabels.stop(batch)
 
 
 def resume_prelabelling(user: Annotator, batch: int) -> Any:
     """Let a stopped batch go on."""
-    return app_instance().resume_prelabelling(batch)
+    return app_instance().active_learning.resume(batch)
 
 
 def labels(user: AnyUser, image: str) -> dict[str, Any]:
