@@ -282,6 +282,11 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         return isinstance(session, dict) and session.get("image") == image and folder in path.parents
 
     def next_sample(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Return the next case to label; empty without one, as MONAI Label has it. See `next_case`."""
+        case = self.next_case(request)
+        return case if "id" in case else {}
+
+    def next_case(self, request: dict[str, Any]) -> dict[str, Any]:
         """Return the next case to label, or why there is none; 404 for an unknown strategy or model.
 
         For ``model``, or else the one the client used last, or the only one there is. Of a PACS, which holds more than

@@ -188,6 +188,15 @@ class PacsStudies(StudiesFolder):
         with as_http_errors():
             return str(self._files.fetch(facts, progress))
 
+    def copies(self) -> set[str]:
+        """Return the series there are copies of on this machine."""
+        return self._files.copies()
+
+    def drop_copy(self, image_id: str, unused_s: float) -> bool:
+        """Remove the copy of a series without labels, unused for so many seconds; return whether it is gone."""
+        item = self._datastore.objects.get(image_id)
+        return not (item and item.labels) and self._files.drop(image_id, unused_s)
+
     def channels(self, image_id: str) -> list[Path]:
         """Return the series alone: which others belong to it depends on the model. See `channel_files`."""
         return [Path(self.get_image_uri(image_id))]

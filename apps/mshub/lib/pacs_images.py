@@ -13,6 +13,7 @@ import logging
 import shutil
 import tempfile
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -47,6 +48,7 @@ class SeriesFiles:
     def __init__(self, folder: Path, client: PacsClient) -> None:
         self.folder, self._client = folder, client
         self._locks: dict[str, threading.Lock] = defaultdict(threading.Lock)
+        self._asked_for: dict[str, float] = {}
 
     def path(self, series: str) -> Path:
         """Return where the volume of a series is, or would be."""
@@ -78,9 +80,24 @@ class SeriesFiles:
         """
         series, listed = facts["SeriesInstanceUID"], int(facts.get("NumberOfSeriesRelatedInstances") or 0)
         with self._locks[series]:
+            self._asked_for[series] = time.monotonic()
             if not self.has(series, listed):
                 self._fetch(facts["StudyInstanceUID"], series, listed, progress)
         return self.path(series)
+
+    def copies(self) -> set[str]:
+        """Return the series there are copies of."""
+        return {path.name.removesuffix(VOLUME) for path in self.folder.glob(f"*{VOLUME}")}
+
+    def drop(self, series: str, unused_s: float) -> bool:
+        """Remove the copy of a series that nobody asked for in so many seconds; return whether it is gone."""
+        with self._locks[series]:
+            if time.monotonic() - self._asked_for.get(series, float("-inf")) < unused_s:
+                return False
+            self.path(series).unlink(missing_ok=True)  # first: without its volume, a copy is none
+            shutil.rmtree(self._headers(series), ignore_errors=True)
+            shutil.rmtree(self.folder / "channels" / series, ignore_errors=True)
+        return True
 
     def stack(self, series: str) -> SeriesStack:
         """Return where the slices of a fetched series lie, with their headers."""

@@ -60,7 +60,7 @@ def know(app: MSHubApp, scores: dict[str, Uncertainty]) -> None:
 
 
 def ask(app: MSHubApp, strategy: str = "uncertainty", client: str = "ann", **more: Any) -> dict[str, Any]:
-    return app.next_sample({"strategy": strategy, "client_id": client, "model": "tiny", **more})
+    return app.next_case({"strategy": strategy, "client_id": client, "model": "tiny", **more})
 
 
 def label(app: MSHubApp, image: str) -> None:

@@ -16,6 +16,8 @@ from fastapi import HTTPException
 from dicom_series_factory import SeriesMaker
 from fake_pacs import FakePacs
 from lib import pacs as pacs_module
+from lib.activelearning import case_look as case_look_module
+from lib.activelearning.case_look import CaseLook
 from lib.activelearning.offers import unlabelled
 from lib.exports import export_label
 from lib.pacs import PacsStudies
@@ -372,3 +374,44 @@ def test_the_index_names_what_has_just_arrived_and_nothing_that_is_gone(open_pac
     assert set(pacs.json()["objects"]) == {other.uid}
     remote.down = True
     assert set(pacs.json()["objects"]) == {MAKER.uid, other.uid}
+
+
+# -- copies for a look ------------------------------------------------------------------------------------------------
+
+
+def test_a_copy_nobody_asked_for_lately_is_dropped_and_made_again(open_pacs: Any) -> None:
+    remote = FakePacs(MAKER.slices())
+    pacs = open_pacs(remote)
+    pacs.get_image_uri(MAKER.uid)
+    assert pacs.copies() == {MAKER.uid}
+    assert not pacs.drop_copy(MAKER.uid, unused_s=60)
+    assert pacs.drop_copy(MAKER.uid, unused_s=0)
+    assert pacs.copies() == set()
+    assert Path(pacs.get_image_uri(MAKER.uid)).is_file()
+
+
+def test_a_copy_of_a_labelled_series_stays(open_pacs: Any, label: Path) -> None:
+    pacs = open_pacs(FakePacs(MAKER.slices()))
+    pacs.save_label(MAKER.uid, str(label), "final", LABEL_INFO)
+    assert not pacs.drop_copy(MAKER.uid, unused_s=0)
+    assert pacs.copies() == {MAKER.uid}
+
+
+def test_what_a_look_fetched_is_dropped_some_time_later(open_pacs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = SeriesMaker("looked at later")
+    pacs = open_pacs(FakePacs(MAKER.slices(), other.slices()))
+    pacs.get_image_uri(other.uid)  # a client has it
+    look = CaseLook(None, None, lambda: pacs, None)  # type: ignore[arg-type]
+    with look._borrowing(pacs):
+        pacs.get_image_uri(MAKER.uid)
+    with look._borrowing(pacs):
+        assert pacs.copies() == {MAKER.uid, other.uid}, "not yet"
+    monkeypatch.setattr(case_look_module, "UNUSED_S", 0.0)
+    with look._borrowing(pacs):
+        assert pacs.copies() == {other.uid}
+
+
+def test_the_state_of_a_series_is_how_many_images_it_has(open_pacs: Any) -> None:
+    pacs = open_pacs(FakePacs(MAKER.slices()))
+    assert pacs.image_state(MAKER.uid) == f"{len(MAKER.slices())} images"
+    assert pacs.copies() == set(), "nothing is downloaded for it"

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lib.activelearning.casebook import Casebook
 from lib.datastore import StudiesFolder
 from lib.infers import NNUNetInferTask
+from lib.pacs import PacsStudies
 from mshub.agreement import agreement
 from mshub.errors import CaseError
 from mshub.nnunet.sliding_window import Check
 from mshub.store import ModelVersion
 from mshub.training_labels import read_reviewed_label
 
+UNUSED_S = 600.0
+"""A copy of a series that was made for a look is removed when nobody asked for it in so many seconds."""
 TaskOf = Callable[[str], NNUNetInferTask]
 """Returns the task of a model."""
 Infer = Callable[[dict[str, Any], Check], dict[str, Any]]
@@ -40,13 +44,28 @@ class CaseLook:
         infer: Infer,
     ) -> None:
         self._casebook, self._task, self._datastore, self._infer = casebook, task, datastore, infer
+        self._borrowed: set[str] = set()
 
     def measure(self, version: ModelVersion, image: str, check: Check) -> None:
         """Measure how sure the model is of an image, and keep it."""
         datastore = self._datastore()
-        files = datastore.case_channels(image, version.channels)
-        uncertainty = self._task(version.model_id).measure(version, files, check)
+        with self._borrowing(datastore):
+            files = datastore.case_channels(image, version.channels)
+            uncertainty = self._task(version.model_id).measure(version, files, check)
         self._casebook.note_uncertainty(image, version, uncertainty, datastore)
+
+    @contextmanager
+    def _borrowing(self, datastore: StudiesFolder) -> Iterator[None]:
+        """Remove copies of series of a PACS that were made for a look only, some time afterwards."""
+        if not isinstance(datastore, PacsStudies):
+            yield
+            return
+        self._borrowed = {series for series in self._borrowed if not datastore.drop_copy(series, UNUSED_S)}
+        before = datastore.copies()
+        try:
+            yield
+        finally:
+            self._borrowed |= datastore.copies() - before
 
     def compare(self, version: ModelVersion, image: str, check: Check) -> None:
         """Predict a labelled image, and keep how sure the model is and how its label agrees."""

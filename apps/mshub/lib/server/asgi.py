@@ -189,7 +189,7 @@ def next_sample(user: AnyUser, strategy: str, params: Annotated[Any, Body()] = N
     """Return the next case to label; a plain function, as the PACS is asked for its series."""
     if params is not None and not isinstance(params, dict):
         raise HTTPException(400, 'The request\'s body is no JSON object: expected options such as {"client_id": "me"}.')
-    sample = app_instance().next_sample({"strategy": strategy, **(params or {})})
+    sample = app_instance().next_case({"strategy": strategy, **(params or {})})
     if "id" not in sample:
         return sample
     return {**sample, **app_instance().datastore().get_image_info(sample["id"])}
