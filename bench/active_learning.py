@@ -5,10 +5,11 @@
 
 A base model has learned a few cases of one scanner. Of the pool and of the test cases, a share looks as if it came from
 another one (`forgetting.shifted`). In each round an arm chooses some cases of the pool; a clinician would correct what
-the model predicts of them; the model of the round before is fine-tuned by MSHub's own trainer on all cases labelled so
-far, and scored on the test cases at 1 mm. Everything but the choice is the same for all arms of a seed: the base model
-(trained anew for every seed), pool, test cases, and the seeds of every fine-tuning. The network is planned once and the
-same for all; it is small and works at a coarse spacing, so that a round takes seconds.
+the model predicts of them; the model of the round before is fine-tuned by MSHub's own trainer, with its default guard,
+on all cases labelled so far, and scored on the test cases at 1 mm, without mirroring. Everything but the choice is the
+same for all arms of a seed: the base model (trained anew for every seed), pool, test cases, and the seeds of every
+fine-tuning. The network is planned once and the same for all; it is small and works at a coarse spacing, so that a
+round takes seconds.
 
 The arms are the strategies of `mshub.selection`, told only what the app would know, and
 
@@ -66,10 +67,9 @@ ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "bench" / "out" / "active-learning"
 CPU = torch.device("cpu")
 SHIFTED = "-shifted"
-"""How the ids of shifted cases end."""
+"""How `forgetting.shifted` ends the ids of shifted cases."""
 EPOCH = 10
 """Iterations per epoch of every training here."""
-TEACHERS = {"base": "ranking-base", "tuned": "ranking-tuned"}
 Json = dict[str, Any]
 
 
@@ -101,7 +101,7 @@ class Sizes:
     """
 
     base_cases: int = 12
-    pool: int = 80
+    pool: int = 64
     test: int = 60
     shifted: float = 0.4
     rounds: int = 4
@@ -255,9 +255,9 @@ def tune(model: ModelFolder, cases: Sequence[ReviewedCase], recipe: Recipe, work
 
 
 def predictor_of(model: ModelFolder) -> NNUNetPredictor:
-    """Return the ordinary predictor of a model, three times as fast for networks as small as these.
+    """Return the ordinary predictor of a model, with every patch twice in its batch.
 
-    For a single small patch, PyTorch takes convolutions that are slower than those for two: every patch comes twice.
+    For a batch of one small patch PyTorch's CPU convolutions take longer than for two; the labels are the same.
     """
     cache = NetworkCache()
     with cache.engine(model, model.folds, CPU) as engine:
@@ -383,7 +383,7 @@ def run_arm(seed: Seed, arm: str) -> None:
     for number in range(1, seed.sizes.rounds + 1):
         done = seed.done(f"{arm}-{number}") or one_round(seed, arm, number, taken)
         taken += done["chosen"]
-    if arm == BLIND and not seed.done(TEACHERS["tuned"]):
+    if arm == BLIND and not seed.done("ranking-tuned"):
         judge_measures(seed, f"{arm}-{seed.sizes.rounds}", "tuned")
 
 
@@ -442,7 +442,7 @@ def begin(seed: Seed) -> None:
         seed.keep("pool", look(seed.model("base"), seed.cases("pool")))
     if not seed.done("base"):
         seed.keep("base", {"test": test_scores(seed.model("base"), seed)})
-    if not seed.done(TEACHERS["base"]):
+    if not seed.done("ranking-base"):
         judge_measures(seed, "twins", "base")
     print(f"seed {seed.number} is ready: {time.process_time() - began:.0f} CPU s", flush=True)
 
@@ -452,7 +452,7 @@ def judge_measures(seed: Seed, model: str, name: str) -> None:
     found = predictions(seed.model(model), seed.cases("test"))
     wrong = [find_wrong_labels(found, random.Random(1000 * seed.number + draw)) for draw in range(seed.sizes.draws)]
     seed.keep(f"relabel-{name}", {"draws": wrong})
-    seed.keep(TEACHERS[name], {case.case_id: seen(case, prediction) for case, prediction in found})
+    seed.keep(f"ranking-{name}", {case.case_id: seen(case, prediction) for case, prediction in found})
 
 
 WRONG_SHARE = 0.2
@@ -517,7 +517,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Active-learning strategies on hippocampus MR, over paired seeds.")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data" / "hippocampus")
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(6)))
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(8)))
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--processes", type=int, default=2)
     for name, default in asdict(Sizes()).items():
@@ -546,10 +546,13 @@ def main() -> None:
     same_sizes(arguments.out, sizes)
     plan(arguments.data, arguments.out, sizes)
     seeds = [Seed(number, arguments.data, arguments.out, sizes) for number in arguments.seeds]
-    with ProcessPoolExecutor(arguments.processes, mp_context=get_context("spawn")) as pool:
-        list(pool.map(begin, seeds))
-        tasks = [(seed, arm) for seed in seeds for arm in arguments.arms]
-        list(pool.map(run_arm, *zip(*tasks, strict=True)))
+    count = arguments.processes
+    with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
+        for first in range(0, len(seeds), count):  # so many seeds are whole before the next ones begin
+            some = seeds[first : first + count]
+            list(pool.map(begin, some))
+            tasks = [(seed, arm) for seed in some for arm in arguments.arms]
+            list(pool.map(run_arm, *zip(*tasks, strict=True)))
     print("done", flush=True)
 
 

@@ -390,8 +390,11 @@ def test_after_ten_reviewed_cases_the_expected_dice_and_a_hint_are_shown(clinic:
     assert "nearly as the model made them" in hint
     assert "strategy “Likely failures first”" in hint
     browser.screenshot("21-random-case-and-hint")
-    browser.next_case("first")
-    assert not browser.control("audit").count()
+    with browser.page.expect_response("**/activelearning/first") as answered:
+        browser.next_case("first")
+    offer = answered.value.json()
+    browser.control("why").filter(has_text=offer["why"]).wait_for()
+    assert bool(browser.control("audit").count()) == offer["audit"]
 
 
 def test_the_ways_to_choose_have_names_and_a_case_that_is_not_there_is_explained(clinic: Clinic) -> None:

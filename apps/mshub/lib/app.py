@@ -68,7 +68,7 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         self.trainings = Trainings(self.jobs, self.config)
         self._digests = Digests(self.store.home / "digests.json")
         self.active_learning = ActiveLearning(
-            self.store.home / "cases" / f"{_short_hash(studies)}.sqlite", self.store, self.config
+            self.store.home / "cases" / f"{_short_hash(_full(studies))}.sqlite", self.store, self.config
         )
         self._infers: dict[str, NNUNetInferTask] = {}
         self._trainers: dict[str, NNUNetTrainTask] = {}
@@ -422,6 +422,11 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         if not isinstance(model, str) or model not in self._trainers:
             self._refuse_model(model)
         return self._trainers[model]
+
+
+def _full(studies: str) -> str:
+    """Return the same name for a studies folder however its path was written; an address as it is."""
+    return studies if "://" in studies else str(Path(studies).resolve())
 
 
 def _short_hash(text: str) -> str:

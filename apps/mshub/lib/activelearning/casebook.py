@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from cachetools import TTLCache
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 
 from lib.conf import Config
@@ -25,6 +27,8 @@ from mshub.volumes import unusual_volume
 logger = logging.getLogger(__name__)
 
 FINAL, ORIGINAL = str(DefaultLabelTag.FINAL.value), str(DefaultLabelTag.ORIGINAL.value)
+KEPT_VERSIONS, FRESH_S = 4, 30.0
+"""Scores of so many versions are kept in memory, for so many seconds: another process may add some."""
 RECENT = 20
 """So many of the labels submitted last are looked at for the stopping hint."""
 
@@ -44,6 +48,8 @@ class Casebook:
     def __init__(self, index: CaseIndex, store: ModelStore, config: Config) -> None:
         self.index = index
         self._store, self._config = store, config
+        self._recent: TTLCache[tuple[str, str], dict[str, Uncertainty]] = TTLCache(KEPT_VERSIONS, FRESH_S)
+        self._lock = threading.Lock()
 
     # -- what becomes known -------------------------------------------------------------------------------------
 
@@ -61,6 +67,8 @@ class Casebook:
         """Keep what was measured of an image."""
         state, profile = image_state(datastore, image), self._config.profile
         self.index.keep_score(image, version.model_id, version.version, uncertainty, state=state, profile=profile)
+        with self._lock:
+            self._recent.pop((version.model_id, version.version), None)
 
     def note_submission(self, image: str, datastore: StudiesFolder) -> None:
         """Keep how a final label agrees with the pre-label it started from, and let others have the image."""
@@ -87,6 +95,17 @@ class Casebook:
 
     # -- what is known ------------------------------------------------------------------------------------------
 
+    def scores(self, version: ModelVersion) -> dict[str, Uncertainty]:
+        """Return image -> what the version measured of it; read at most once in `FRESH_S` while nothing is added."""
+        key = (version.model_id, version.version)
+        with self._lock:
+            known = self._recent.get(key)
+        if known is None:
+            known = self.index.scores(*key)
+            with self._lock:
+                self._recent[key] = known
+        return known
+
     def pool(
         self, version: ModelVersion | None, waiting: Sequence[str], taken: Sequence[str], datastore: Datastore
     ) -> Pool:
@@ -97,7 +116,7 @@ class Casebook:
                 tuple(Case(image, patients[image]) for image in waiting),
                 tuple(Case(image, patients[image]) for image in taken),
             )
-        scores = self.index.scores(version.model_id, version.version)
+        scores = self.scores(version)
         label_dice = self.index.label_dice(version.model_id, version.version)
         calibration = self._calibration(version)
 
@@ -142,7 +161,7 @@ class Casebook:
 
     def _looked_at(self, version: ModelVersion) -> dict[str, tuple[float, float]]:
         """Return score and Dice of labelled cases that neither the version nor one before it was trained on."""
-        scores, trained = self.index.scores(version.model_id, version.version), self._trained_on(version)
+        scores, trained = self.scores(version), self._trained_on(version)
         known = self.index.label_dice(version.model_id, version.version)
         return {
             image: (scores[image].agreement, _mean(dice))

@@ -118,27 +118,27 @@ class Offers:
         for _ in range(ATTEMPTS):
             leases = self._casebook.index.leases()
             free = _wanted(cases, leases, asked.request)
-            offer = self._offer_of(asked, free, leases)
+            offer = self._offer_of(asked, free, [image for image in cases if image in leases])
             if offer or not free:
                 break
         return offer, leases
 
-    def _offer_of(self, asked: _Asked, free: Sequence[str], leases: dict[str, Lease]) -> Offer | None:
+    def _offer_of(self, asked: _Asked, free: Sequence[str], held: Sequence[str]) -> Offer | None:
         judging = set() if asked.ranking.is_random else self._judging(asked.version, free, asked.datastore)
         fair = [image for image in free if image not in judging]
         audits = [] if asked.ranking.of_labelled else [image for image in free if image in judging]
         if audits and fair and self._casebook.index.audit_is_due(asked.model, self._every):
             return self._audit(asked, audits)
-        return self._chosen(asked, fair, leases) or (self._audit(asked, audits) if audits else None)
+        return self._chosen(asked, fair, held) or (self._audit(asked, audits) if audits else None)
 
-    def _chosen(self, asked: _Asked, fair: Sequence[str], leases: dict[str, Lease]) -> Offer | None:
+    def _chosen(self, asked: _Asked, fair: Sequence[str], held: Sequence[str]) -> Offer | None:
         """Lease the best of the cases a strategy may choose from."""
         if not fair:
             return None
         if asked.ranking.of_labelled:
             waiting, taken = [], list(fair)
         else:
-            waiting, taken = list(fair), [*labelled(asked.request, asked.datastore), *leases]
+            waiting, taken = list(fair), [*labelled(asked.request, asked.datastore), *held]
         pool = self._casebook.pool(asked.version, waiting, taken, asked.datastore)
         ranked = asked.ranking.ranked(pool, self._rng)
         choices = {choice.image: choice for choice in islice(ranked, SOON)}
@@ -171,7 +171,7 @@ class Offers:
     def _own(self, asked: _Asked, cases: Sequence[str], leases: dict[str, Lease]) -> Offer | None:
         """Return the case the client has had longest: nothing else waits. Clients without a name are one client."""
         skipped = asked.request.get("skip") or []
-        own = [lease for lease in leases.values() if lease.client == asked.client and lease.image in set(cases)]
+        own = [leases[image] for image in cases if image in leases and leases[image].client == asked.client]
         best = min(own, key=lambda lease: (lease.image in skipped, lease.until), default=None)
         if best is None:
             return None

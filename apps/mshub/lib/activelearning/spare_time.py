@@ -100,9 +100,12 @@ class SpareTime(threading.Thread):
 
     def run(self) -> None:
         """Work until `stop`."""
-        self._casebook.index.recover()
+        is_recovered = False
         while not self._ended.is_set():
             try:
+                if not is_recovered:
+                    self._casebook.index.recover()
+                    is_recovered = True
                 pause = self.once()
             except (MSHubError, HTTPException) as error:  # the PACS does not answer, a file is locked
                 logger.info("no case is looked at now: %s", _reason_of(error))
