@@ -476,11 +476,11 @@ def draw_rankings(path: Path, rankings: dict[str, dict[str, Ranked]]) -> None:
         names = [name for name in SCORES if name in scores]
         values = np.array([bounds(scores[name].aurc) for name in names])
         errors = np.abs(values[:, 1:] - values[:, :1]).T
-        axes.barh(names, values[:, 0], xerr=errors, color="#1f5fa8", alpha=0.75, capsize=2)
+        axes.errorbar(values[:, 0], names, xerr=errors, fmt="o", color="#1f5fa8", capsize=2)
         for bound, style in (("optimal", ":"), ("random", "--")):
             axes.axvline(scores[bound].aurc[0], color="#b3261e", linestyle=style, label=bound)
-        axes.set_xlim(left=0.7 * scores["optimal"].aurc[0])
         axes.invert_yaxis()
+        axes.grid(alpha=0.3)
         axes.set_title(title.replace("`", ""), fontsize=8)
         axes.tick_params(labelsize=8)
     panels[0].legend(fontsize=7)

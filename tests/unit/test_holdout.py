@@ -407,3 +407,25 @@ def test_a_lock_that_is_not_released_becomes_a_sentence(path: Path, monkeypatch:
     ):
         HoldOut(path).split(cases(HIGH))
     assert len(HoldOut(path).patients()) == 30  # reading needs no lock
+
+
+def test_who_would_judge_is_known_before_and_decides_nothing(path: Path) -> None:
+    everybody = [f"someone {number}" for number in range(60)]
+    judges = HoldOut(path).judging(everybody)
+    assert 10 < len(judges) < 35
+    assert not path.exists()
+    _, held_out = HoldOut(path, enough=10**6).split(cases(everybody))
+    assert owners(held_out) == judges
+
+
+def test_who_was_decided_stays_on_that_side_whatever_the_number(path: Path) -> None:
+    judge = next(iter(HoldOut(path).judging(f"someone {number}" for number in range(60))))
+    HoldOut(path).mark_training([judge])
+    assert HoldOut(path).judging([judge]) == set()
+
+
+def test_fewer_would_judge_once_there_are_enough(path: Path) -> None:
+    everybody = [f"someone {number}" for number in range(200)]
+    early = HoldOut(path).judging(everybody)
+    HoldOut(path).split(cases(f"another {number}" for number in range(60)))
+    assert HoldOut(path).judging(everybody) < early

@@ -61,6 +61,10 @@ def test_an_unknown_option_is_refused_with_the_nearest_known_one(
         ({"cache_gb": "-4"}, "positive"),
         ({"cache_gb": "inf"}, "positive"),
         ({"cache_gb": "nan"}, "positive"),
+        ({"lease_minutes": "0"}, "lease_minutes is '0'; expected a positive number of minutes"),
+        ({"idle_minutes": "61"}, "expected a number of minutes from 0 to 60"),
+        ({"idle_minutes": "-1"}, "from 0"),
+        ({"audit_every": "often"}, "expected a number of choices from 0"),
     ],
 )
 def test_an_impossible_value_is_refused(conf: dict[str, str], message: str) -> None:
@@ -75,3 +79,9 @@ def test_what_monailabel_itself_reads_is_let_through() -> None:
 def test_a_configuration_does_not_change() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config.parse({}, {}).device = "cpu"  # type: ignore[misc]
+
+
+def test_active_learning_can_be_switched_off_and_on() -> None:
+    config = Config.parse({"idle_minutes": "0", "audit_every": "0", "idle_cases": "5", "lease_minutes": "1.5"}, {})
+    assert (config.idle_minutes, config.audit_every, config.idle_cases, config.lease_minutes) == (0, 0, 5, 1.5)
+    assert (Config.parse({}, {}).idle_minutes, Config.parse({}, {}).audit_every) == (30, 5)
