@@ -262,8 +262,7 @@ def said_of(params: dict[str, Any]) -> str:
     unsure = sorted((name for name, value in agreements.items() if value < 0.8), key=agreements.__getitem__)
     sure = f"Agreement {measured['agreement']:.2f}"
     if expected:
-        dice, low, high = (figure(expected[key]) for key in ("dice", "low", "high"))
-        sure = f"Expected Dice {dice} ({low} to {high})"
+        sure = f"Expected Dice {expected['dice']:.2f} ({expected['low']:.2f} to {expected['high']:.2f})"
     return f"{sure}, least sure of {', '.join(unsure[:3])}."
 
 
@@ -366,7 +365,7 @@ def test_cases_are_prepared_and_a_pre_label_is_corrected_like_any_result(clinic:
 
 
 def test_after_ten_reviewed_cases_the_expected_dice_and_a_hint_are_shown(clinic: Clinic) -> None:
-    browser, case = clinic.browser, SeriesMaker("the-eleventh", seed=90)
+    browser, case = clinic.browser, SeriesMaker("the-eleventh", spacing=(3.0, 3.4, 5.0), seed=90)
     for number in range(10):
         maker = SeriesMaker(f"reviewed-{number}", seed=80 + number)
         clinic.store(maker)
@@ -382,6 +381,8 @@ def test_after_ten_reviewed_cases_the_expected_dice_and_a_hint_are_shown(clinic:
     assert f"from {params['expected_dice']['cases']} reviewed cases" in browser.control("sureness").get_attribute(
         "title"
     )
+    assert "(median) of" in params["flags"][0]  # eight times the volume of the others
+    assert browser.text("flags").lower() == " ".join(f"{flag}." for flag in params["flags"]).lower()
     browser.screenshot("20-expected-dice")
 
     assert browser.next_case("random").startswith("Why this case: drawn at random")

@@ -3,7 +3,7 @@
 import { NAMED_AT_MOST, bar, button, duration, heading, link, moment, muted } from './controls.js';
 import { element } from './dom.js';
 import { Panel } from './panel.js';
-import { sureness } from './words.js';
+import { sentence, sureness } from './words.js';
 import { titleOf, workbench } from './workbench.js';
 
 const PERCENT = 100;
@@ -293,14 +293,14 @@ const result = [
     if (active || !lastRun) {
       return null;
     }
-    const { seconds, ts, model_version: version, voxel_counts: counts } = lastRun;
-    return { seconds, ts, version, counts, sure: sureness(lastRun) };
+    const { seconds, ts, model_version: version, voxel_counts: counts, flags = [] } = lastRun;
+    return { seconds, ts, version, counts, flags, sure: sureness(lastRun) };
   },
   shown => {
     if (!shown) {
       return null;
     }
-    const { version = 'not known', sure } = shown;
+    const { version = 'not known', flags, sure } = shown;
     const counts = Object.entries(shown.counts ?? {});
     const absent = counts.filter(([, count]) => !count).map(([name]) => name);
     return element(
@@ -318,6 +318,9 @@ const result = [
         : null,
       sure
         ? element('span', { class: 'mshub-block', title: sure.title, 'data-cy': 'mshub-sureness' }, `${sure.text}.`)
+        : null,
+      flags.length
+        ? element('span', { class: 'mshub-block', 'data-cy': 'mshub-flags' }, flags.map(sentence).join(' '))
         : null
     );
   },

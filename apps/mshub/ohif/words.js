@@ -60,7 +60,8 @@ function unsureStructures({ structures = {} }) {
   );
 }
 
-const expectedText = ({ dice: value, low, high }) => `Expected Dice ${dice(value)} (${dice(low)} to ${dice(high)})`;
+const expectedText = ({ dice: value, low, high }) =>
+  `Expected Dice ${value.toFixed(2)} (${low.toFixed(2)} to ${high.toFixed(2)})`;
 const expectedTitle = ({ level, cases }) =>
   `Estimated from ${cases} reviewed cases: about ${Math.round(PERCENT * level)} % of results like this lie in the range.`;
 
