@@ -228,6 +228,10 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
         facts = [(path.name, path.stat()) for path in self.channels(image_id)]
         return ";".join(f"{name}:{found.st_size}:{found.st_mtime_ns}" for name, found in facts)
 
+    def caption(self, image_id: str) -> str:
+        """Return what a person calls an image, where its id does not say it: here it does."""
+        return ""
+
     def note_offer(self, image_id: str, strategy: str, client: str) -> None:
         """Note which strategy offered an image to whom, where MONAI Label does; decides what may judge versions."""
         offers = dict(self.get_image_info(image_id).get("strategy") or {})

@@ -262,6 +262,12 @@ class PacsStudies(StudiesFolder):
         """Return what changes when the series does: its number of images. Nothing is downloaded for it."""
         return f"{self._facts(image_id).get('NumberOfSeriesRelatedInstances', '')} images"
 
+    def caption(self, image_id: str) -> str:
+        """Return patient and description of a series."""
+        item = self._datastore.objects.get(image_id)
+        facts = item.image.info if item else {}
+        return ", ".join(filter(None, (facts.get("PatientID"), facts.get("SeriesDescription"))))
+
     def _known_images(self) -> list[str]:
         return list(self._datastore.objects)
 

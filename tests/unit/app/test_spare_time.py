@@ -55,7 +55,8 @@ def spare(app: MSHubApp) -> SpareTime:
 
 def spare_time_of(app: MSHubApp, config: Config | None = None) -> SpareTime:
     look = CaseLook(app.active_learning.casebook, app._task, app._studies, app._infer_in_turn)
-    facts = (app.active_learning.casebook, app.store, config or app.config, app.activity, app.jobs)
+    learning = app.active_learning
+    facts = (learning.casebook, learning.prelabels, app.store, config or app.config, app.activity, app.jobs)
     time.sleep(0.01)
     return SpareTime(*facts, look, app._studies, app._served, app._modalities)
 
@@ -287,6 +288,23 @@ def test_chosen_cases_only_and_those_done_already_are_passed_over(app: MSHubApp,
     assert prelabelled(app) == {"a", "c"}
 
 
+def test_a_limit_is_of_cases_there_is_something_to_do_for(app: MSHubApp) -> None:
+    Path(app.infer({"model": "tiny", "image": "a", "save_label": True})["file"]).unlink()
+    app.active_learning.casebook.index.lease(["b"], "ben", 60, model="tiny")
+    batch = batch_of(app, strategy="first", limit=2)
+    assert batch["total"] == 1, "a has its pre-label, and ben has b in work"
+    assert batch_of(app, strategy="first", limit=2, again=True)["total"] == 2
+
+
+def test_what_somebody_has_in_work_keeps_its_pre_label(app: MSHubApp, spare: SpareTime) -> None:
+    batch = batch_of(app, images=["a", "b"], strategy="first")["id"]
+    app.active_learning.casebook.index.lease(["a"], "ben", 60, model="tiny")
+    spare.once()
+    spare.once()
+    assert prelabelled(app) == {"b"}
+    assert app.active_learning.prelabels.status(batch)["counts"]["skipped"] == 1
+
+
 def test_a_bad_image_is_told_and_does_not_end_the_batch(app: MSHubApp, spare: SpareTime) -> None:
     (Path(app.studies) / "a.nii.gz").write_bytes(b"no volume")
     batch = batch_of(app, strategy="first")
@@ -336,7 +354,7 @@ def test_a_batch_that_is_interrupted_loses_no_case(
         ({"images": "a"}, 400, "list of image ids"),
         ({"limit": 0}, 400, "number of cases"),
         ({"limit": True}, 400, "number of cases"),
-        ({"strategy": "relabel"}, 404, "Known: random, first"),
+        ({"strategy": "relabel"}, 400, "Known: random, first"),
         ({"imagse": ["a"]}, 400, "imagse"),
     ],
 )

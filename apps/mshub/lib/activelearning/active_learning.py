@@ -68,7 +68,7 @@ class ActiveLearning:
     ) -> None:
         """Begin with what the server does while nobody needs it; see `SpareTime` for what it is told."""
         look = CaseLook(self.casebook, task, datastore, infer)
-        facts = (self.casebook, self._store, self._config, activity, jobs, look)
+        facts = (self.casebook, self.prelabels, self._store, self._config, activity, jobs, look)
         self.spare_time = SpareTime(*facts, datastore, served, modalities)
         self.spare_time.start()
 

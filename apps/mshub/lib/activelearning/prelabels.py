@@ -63,8 +63,11 @@ class Prelabels:
         images = unlabelled({"modalities": modalities}, datastore) if chosen is None else list(dict.fromkeys(chosen))
         for image in images if chosen is not None else ():
             datastore.get_image_info(image)  # 404 before anything starts
+        again = bool(request.get("again"))
+        if chosen is None:  # a limit is of cases there is something to do for
+            images = [image for image in images if not self.reason_to_skip(datastore, image, version, again)]
         ordered = self._offers.order(strategy, version, images, datastore)[:limit]
-        options = {"strategy": strategy, "again": bool(request.get("again"))}
+        options = {"strategy": strategy, "again": again}
         batch = self._index.new_batch(version.model_id, ordered, str(request.get("client_id") or ""), options)
         return self.status(batch)
 
@@ -88,20 +91,24 @@ class Prelabels:
         self._index.resume_batch(batch)
         return self.status(batch)
 
+    def reason_to_skip(self, datastore: StudiesFolder, image: str, version: ModelVersion, again: bool) -> str | None:
+        """Return why an image gets no pre-label, or None.
+
+        One that somebody has in work keeps the pre-label the correction starts from.
+        """
+        if datastore.get_label_uri(image, FINAL):
+            return "it has a final label"
+        if image in self._index.leases():
+            return "somebody has it in work"
+        params = datastore.get_label_info(image, ORIGINAL).get("params", {})
+        mine = params.get("model") == version.model_id and params.get("model_version") == version.version
+        return f"{version.version} has labelled it already" if mine and not again else None
+
     def _known(self, batch: int) -> Batch:
         found = self._index.batch(batch)
         if found is None:
             raise not_found("batch", str(batch), [str(other.id) for other in self._index.batches()])
         return found
-
-
-def reason_to_skip(datastore: StudiesFolder, image: str, version: ModelVersion, again: bool) -> str | None:
-    """Return why an image of a batch needs no pre-label, or None."""
-    if datastore.get_label_uri(image, FINAL):
-        return "it has a final label"
-    params = datastore.get_label_info(image, ORIGINAL).get("params", {})
-    mine = params.get("model") == version.model_id and params.get("model_version") == version.version
-    return f"{version.version} has labelled it already" if mine and not again else None
 
 
 def _checked(request: Mapping[str, Any]) -> tuple[str, int | None]:
@@ -114,8 +121,8 @@ def _checked(request: Mapping[str, Any]) -> tuple[str, int | None]:
         raise HTTPException(400, f"images is {images!r}; expected a list of image ids, or nothing for all that wait.")
     strategy = str(request.get("strategy") or "uncertainty")
     if strategy not in STRATEGIES or STRATEGIES[strategy].of_labelled:
-        known = [name for name, other in STRATEGIES.items() if not other.of_labelled]
-        raise not_found("strategy for waiting cases", strategy, known)
+        known = ", ".join(name for name, other in STRATEGIES.items() if not other.of_labelled)
+        raise HTTPException(400, f"The strategy {strategy!r} cannot put waiting cases in order. Known: {known}.")
     limit = request.get("limit")
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
         raise HTTPException(400, f"limit is {limit!r}; expected a number of cases, such as 20.")

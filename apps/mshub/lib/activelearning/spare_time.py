@@ -21,7 +21,7 @@ from fastapi import HTTPException
 
 from lib.activelearning.casebook import Casebook, image_state, label_state
 from lib.activelearning.offers import labelled, unlabelled
-from lib.activelearning.prelabels import reason_to_skip
+from lib.activelearning.prelabels import Prelabels
 from lib.activity import Activity
 from lib.conf import Config
 from lib.datastore import StudiesFolder
@@ -67,7 +67,7 @@ class SpareTime(threading.Thread):
 
     Parameters
     ----------
-    casebook, store, config, activity, jobs
+    casebook, prelabels, store, config, activity, jobs
         The app's.
     look : Look
     datastore : callable
@@ -81,6 +81,7 @@ class SpareTime(threading.Thread):
     def __init__(
         self,
         casebook: Casebook,
+        prelabels: Prelabels,
         store: ModelStore,
         config: Config,
         activity: Activity,
@@ -91,7 +92,7 @@ class SpareTime(threading.Thread):
         modalities: Callable[[ModelVersion], list[str]],
     ) -> None:
         super().__init__(name="mshub-spare-time", daemon=True)
-        self._casebook, self._store, self._config = casebook, store, config
+        self._casebook, self._prelabels, self._store, self._config = casebook, prelabels, store, config
         self._activity, self._jobs, self._look = activity, jobs, look
         self._datastore, self._served, self._modalities = datastore, served, modalities
         self._ended, self._woken = threading.Event(), threading.Event()
@@ -153,7 +154,8 @@ class SpareTime(threading.Thread):
             return BETWEEN_S
         try:
             version = self._store.current(batch.model)
-            reason = reason_to_skip(self._datastore(), image, version, bool(batch.options.get("again")))
+            again = bool(batch.options.get("again"))
+            reason = self._prelabels.reason_to_skip(self._datastore(), image, version, again)
             if reason is None:
                 with self._shown(batch.model, image, "prelabelling"):
                     self._look.prelabel(version, image, self._check)
@@ -170,7 +172,8 @@ class SpareTime(threading.Thread):
             logger.info("%s waits: %s", image, reason)
             return BETWEEN_S if _is_interrupted(error) else TROUBLE_S
         logger.warning("no pre-label of %s: %s", image, reason)
-        self._casebook.index.finish_item(batch.id, image, "failed", reason)
+        caption = self._datastore().caption(image)
+        self._casebook.index.finish_item(batch.id, image, "failed", f"{caption}: {reason}" if caption else reason)
         return 0.0
 
     # -- looking at cases -----------------------------------------------------------------------------------------

@@ -108,7 +108,11 @@ class NNUNetInferTask(InferTask):  # type: ignore[misc]
             kept = _kept_labels(predictor.folder, request.get("label_prompt"))
             client = str(request.get("client_id") or "")
             image, check = str(request.get("image_id", "")), request.get("check")
-            with self._activity.run(self.model_id, image, client) if check is None else _unseen(image) as run:
+            with (
+                self._activity.run(self.model_id, image, client)
+                if check is None
+                else _unseen(self.model_id, image) as run
+            ):
                 images, facts = _images(request, version, run)
                 run.predicting()
                 prediction = predictor.predict(images, options, run.progress, check)
@@ -196,9 +200,9 @@ def _results() -> Path:
 
 
 @contextmanager
-def _unseen(image: str) -> Iterator[Run]:
+def _unseen(model: str, image: str) -> Iterator[Run]:
     """Return a run that is not among the running predictions: nobody waits for it."""
-    yield Run(0, "", image)
+    yield Run(0, model, image)
 
 
 def _images(request: dict[str, Any], version: ModelVersion, run: Run) -> tuple[list[Path], dict[str, Any]]:
