@@ -295,6 +295,7 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         strategy = request.get("strategy") or "random"
         if strategy not in self._strategies:
             raise not_found("strategy", str(strategy), sorted(self._strategies))
+        self.activity.touch()
         model = self._model_for(request)
         modalities = self._modalities(self.store.current(model)) if model is not None else []
         with as_http_errors():
@@ -330,6 +331,7 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         tags = datastore.get_labels_by_image_id(image_id)
         if DefaultLabelTag.FINAL.value not in tags:
             return {}
+        self.activity.touch()
         self.active_learning.note_submission(image_id, datastore)
         info = datastore.get_label_info(image_id, DefaultLabelTag.FINAL.value)
         return {key: info[key] for key in ("reviewed", "agreement", "doubts", "hints", "pacs") if key in info}

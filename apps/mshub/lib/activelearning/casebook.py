@@ -55,11 +55,17 @@ class Casebook:
 
     def note_prediction(self, image: str, params: Mapping[str, Any], datastore: Datastore) -> None:
         """Keep what a prediction measured; `params` are those of the answer."""
+        if self._is_comparable(params):
+            version = self._store.version(params["model"], params["model_version"])
+            self.note_uncertainty(image, version, Uncertainty.from_dict(params["uncertainty"]), datastore)
+
+    def _is_comparable(self, params: Mapping[str, Any]) -> bool:
+        """Return whether a prediction was measured as the server does by default."""
+        provenance = params.get("provenance") or {}
+        if provenance.get("profile") != self._config.profile or not params.get("uncertainty"):
+            return False
         version = self._store.version(params["model"], params["model_version"])
-        provenance = params["provenance"]
-        if provenance["profile"] != self._config.profile or provenance["folds"] != list(version.record["folds"]):
-            return
-        self.note_uncertainty(image, version, Uncertainty.from_dict(params["uncertainty"]), datastore)
+        return list(provenance["folds"]) == list(version.record["folds"])
 
     def note_uncertainty(
         self, image: str, version: ModelVersion, uncertainty: Uncertainty, datastore: Datastore
@@ -78,15 +84,9 @@ class Casebook:
             return
         agreement, started_from = found
         prelabel = datastore.get_label_info(image, ORIGINAL).get("params", {})
-        measured = prelabel.get("uncertainty") or {}
-        self.index.keep_agreement(
-            image,
-            started_from["model"],
-            started_from["version"],
-            agreement.dice,
-            agreement.edited_voxels,
-            score=measured.get("agreement"),
-        )
+        score = prelabel["uncertainty"]["agreement"] if self._is_comparable(prelabel) else None
+        model, version = started_from["model"], started_from["version"]
+        self.index.keep_agreement(image, model, version, agreement.dice, agreement.edited_voxels, score=score)
 
     def note_look(self, image: str, version: ModelVersion, agreement: Agreement, datastore: StudiesFolder) -> None:
         """Keep how the final label of an image agrees with what a version sees, which may have learned from it."""
@@ -138,9 +138,7 @@ class Casebook:
 
     def flags(self, image: str, version: ModelVersion, uncertainty: Uncertainty) -> list[str]:
         """Return what is unusual about the volumes of a prediction beside those of other images."""
-        others = [
-            known for other, known in self.index.scores(version.model_id, version.version).items() if other != image
-        ]
+        others = [known for other, known in self.scores(version).items() if other != image]
         found = uncertainty.structures.items()
         usual = {
             name: [one.structures[name].volume_ml for one in others if name in one.structures] for name, _ in found

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from fastapi import HTTPException
 
-from lib.activelearning.casebook import Casebook, image_state, label_state
+from lib.activelearning.casebook import FINAL, Casebook, image_state, label_state
 from lib.activelearning.offers import labelled, unlabelled
 from lib.activelearning.prelabels import Prelabels
 from lib.activity import Activity
@@ -200,14 +200,14 @@ class SpareTime(threading.Thread):
 
     def _unlooked(self, version: ModelVersion, datastore: StudiesFolder, states: dict[str, str]) -> Iterator[_Task]:
         """Yield labelled cases that the version has not been compared with, as they are now."""
-        known = self._casebook.index.label_dice(version.model_id, version.version)
-        names = set(version.record["labels"])
+        index, names = self._casebook.index, set(version.record["labels"])
+        known = index.label_dice(version.model_id, version.version)
+        failed = index.failures(version.model_id, version.version).keys()
         for image in labelled({}, datastore):
-            reviewed = datastore.get_label_info(image, "final").get("reviewed") or names
-            state, _ = known.get(image, (None, {}))
-            tried = states.get(image) == image_state(datastore, image) and state is None
-            failed = tried and image in self._casebook.index.failures(version.model_id, version.version)
-            if names.intersection(reviewed) and state != label_state(datastore, image) and not failed:
+            label, _ = known.get(image, ("", {}))
+            reviewed = datastore.get_label_info(image, FINAL).get("reviewed") or names
+            in_vain = image in failed and states[image] == image_state(datastore, image)
+            if names.intersection(reviewed) and label != label_state(datastore, image) and not in_vain:
                 yield _Task(version, image, self._look.compare)
 
     def _models(self) -> list[str]:
