@@ -206,7 +206,7 @@ def _worst_first(pool: Pool, cases: Sequence[Case], rng: random.Random) -> Itera
     """The most likely failures: by the structure that is worst, whatever the others look like."""
     known, unknown = _by_score(cases, lambda case: _failure(case, pool.usual))
     for score, case in sorted(known, key=lambda item: -item[0]):
-        yield Choice(case.image, f"the model probably fails here: {_of_failure(case, pool.usual)}", score)
+        yield Choice(case.image, f"the most likely failure: {_of_failure(case, pool.usual)}", score)
     yield from _unknown(unknown, rng)
 
 
@@ -386,7 +386,7 @@ def _of_failure(case: Case, usual: frozenset[str]) -> str:
 def _measure(found: Uncertainty) -> str:
     if found.fold_dice is not None:
         return "its folds agree to"
-    return "mirrored copies agree to" if found.mirror_dice is not None else "its own probabilities give"
+    return "mirrored copies agree to" if found.mirror_dice is not None else "its own probabilities expect"
 
 
 def _interval(expected: tuple[float, float, float]) -> str:

@@ -83,6 +83,7 @@ def test_slicer_and_ohif_can_choose_every_strategy(ward: Site) -> None:
 def test_the_answer_has_what_clients_read_and_says_why(ward: Site, strategy: str, tmp_path: Path) -> None:
     sample = client_of(ward, "cleo", tmp_path).next_sample(strategy, {})
     assert {"id", "path", "name", "why", "waiting", "audit", "model", "version"} <= set(sample)
+    assert sample["chosen_by"] in (strategy, "random"), "every fifth is drawn at random"
     assert Path(sample["path"]).is_file()
     assert sample["path"].endswith(sample["name"])
 

@@ -134,8 +134,8 @@ class ActiveLearning:
         sample = {**sample, **({"hint": hint} if hint else {})}
         if "id" not in sample:
             return sample
-        if sample["strategy"] and isinstance(datastore, StudiesFolder):
-            datastore.note_offer(sample["id"], sample["strategy"], client)
+        if sample["chosen_by"] and isinstance(datastore, StudiesFolder):
+            datastore.note_offer(sample["id"], sample["chosen_by"], client)
         return {**sample, "path": datastore.get_image_uri(sample["id"])}
 
     def last_model(self, client: str) -> str | None:

@@ -82,7 +82,7 @@ class Offers:
         Returns
         -------
         dict
-            ``id``, ``why``, ``strategy`` (that chose), ``audit``, ``waiting`` (cases without a label), ``model``,
+            ``id``, ``why``, ``chosen_by`` (the strategy), ``audit``, ``waiting`` (cases without a label), ``model``,
             ``version``, ``leased_until``; without ``id`` where there is no case, and ``why`` says so.
         """
         version = self._store.current(request["model"]) if request.get("model") else None
@@ -97,7 +97,7 @@ class Offers:
             self._casebook.index.keep_choice(offer.image, model, asked.client, offer.strategy, offer.audit, offer.why)
         facts = {"model": version.model_id, "version": version.version} if version else {}
         until = {"leased_until": int(time.time() + self._lease_s)}
-        told = {"id": offer.image, "why": offer.why, "strategy": offer.strategy, "audit": offer.audit}
+        told = {"id": offer.image, "why": offer.why, "chosen_by": offer.strategy, "audit": offer.audit}
         return {**told, "waiting": len(cases), **facts, **until}
 
     def order(self, strategy: str, version: ModelVersion, images: Sequence[str], datastore: Datastore) -> list[str]:
