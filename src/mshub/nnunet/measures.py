@@ -26,6 +26,8 @@ Means = Callable[[torch.Tensor], torch.Tensor]
 
 VOXELS_AT_ONCE = 2**18
 """So many voxels of all classes are looked at together, which bounds the memory it takes."""
+LARGE_TILE = 2**19
+"""Of a tile of so many voxels, every other slice is compared: mirrored copies agree there as they do between."""
 COARSE = 4
 """Every so many voxels of a tile, along each axis, tell how much of it is structures."""
 TINY = 1e-12
@@ -96,12 +98,18 @@ class Votes:
         """Return, by label, in how many pairs of voters voxels have it in both, and in either counted twice."""
         bins = 2 if self._heads.has_regions else len(self._common)
         counted = partial(torch.bincount, minlength=bins)
-        first, pairs = voters[0], len(voters) * (len(voters) - 1) // 2
+        first, count = voters[0], len(voters)
         differs = (voters[1:] != first).any(0)
-        same = counted(first[~differs].int()) * pairs
-        some = voters[:, differs].int()
-        common = same + sum(counted(one[one == other]) for one, other in combinations(some, 2))
-        total = 2 * same + (len(voters) - 1) * counted(some.flatten())
+        same = counted(first[~differs].int())
+        some = voters[:, differs]
+        alike = torch.zeros_like(some)  # with how many others each of them agrees
+        for one, other in combinations(range(count), 2):
+            agrees = some[one] == some[other]
+            alike[one] += agrees
+            alike[other] += agrees
+        labels = some.flatten().int()
+        common = same * (count * (count - 1) // 2) + counted(labels, weights=alike.flatten().float()) / 2
+        total = (count - 1) * (count * same + counted(labels))
         return common.cpu().numpy(), total.cpu().numpy()
 
     def dice(self) -> list[float | None]:
@@ -149,7 +157,8 @@ class Measures:
             self._keep_features(self._deepest, output[0])
         self._deepest = None
         if passes > 1:
-            self._passes.append(self._heads.label_maps(output[0]))
+            step = 2 if output[0, 0].numel() >= LARGE_TILE else 1
+            self._passes.append(self._heads.label_maps(output[0, :, ::step]))
 
     def end_of_tile(self) -> None:
         """Compare the passes over a tile."""
