@@ -384,9 +384,11 @@ def _of_failure(case: Case, usual: frozenset[str]) -> str:
 
 
 def _measure(found: Uncertainty) -> str:
-    if found.fold_dice is not None:
-        return "its folds agree to"
-    return "mirrored copies agree to" if found.mirror_dice is not None else "its own probabilities expect"
+    voters = [
+        *(["folds"] if found.fold_dice is not None else []),
+        *(["mirrored copies"] if found.mirror_dice is not None else []),
+    ]
+    return f"{' and '.join(voters)} agree to" if voters else "its own probabilities expect"
 
 
 def _interval(expected: tuple[float, float, float]) -> str:

@@ -42,9 +42,9 @@ class StructureUncertainty:
 
     @property
     def agreement(self) -> float | None:
-        """The best of the measures there is: of folds, else of mirrored copies, else with its own probabilities."""
-        known = (self.fold_dice, self.mirror_dice, self.soft_dice)
-        return next((value for value in known if value is not None), None)
+        """Mean of the pairwise Dice of folds and of mirrored copies, as far as there are any; else the soft Dice."""
+        known = [value for value in (self.fold_dice, self.mirror_dice) if value is not None]
+        return float(np.mean(known)) if known else self.soft_dice
 
 
 @dataclass(frozen=True)

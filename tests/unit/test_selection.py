@@ -74,11 +74,12 @@ def test_doubt_is_what_is_missing_to_full_agreement() -> None:
     assert doubt(case("a", None, None), NOTHING_USUAL) == 1.0
 
 
-def test_the_best_measure_there_is_counts() -> None:
+def test_folds_and_mirrored_copies_count_alike_and_probabilities_only_without_them() -> None:
     every = StructureUncertainty(5.0, mirror_dice=0.7, fold_dice=0.6, soft_dice=0.95)
-    assert every.agreement == 0.6
+    assert every.agreement == pytest.approx(0.65)
     assert StructureUncertainty(5.0, mirror_dice=0.7, soft_dice=0.95).agreement == 0.7
     assert StructureUncertainty(5.0, soft_dice=0.95).agreement == 0.95
+    assert StructureUncertainty(0.0).agreement is None
 
 
 def test_a_structure_that_is_always_found_is_missed_where_it_is_not() -> None:

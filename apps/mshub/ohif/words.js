@@ -5,15 +5,22 @@ const UNSURE_AT_MOST = 3;
 const WORST_AT_MOST = 6;
 const PERCENT = 100;
 
-/** What a measure of agreement compares; where a prediction has several, the first of these counts. */
+/** What measures of agreement compare: their mean counts, and the last one only where the others are missing. */
 const MEASURES = {
   fold_dice: 'the folds of the model with each other',
   mirror_dice: 'what the model finds in mirrored copies of the image',
-  soft_dice: 'the label with the probabilities it was made from',
 };
+const OWN_PROBABILITIES = 'the label with the probabilities it was made from';
 
 const isKnown = value => typeof value === 'number';
-const measureOf = measured => Object.keys(MEASURES).find(name => isKnown(measured[name]));
+const mean = values => values.reduce((sum, value) => sum + value, 0) / values.length;
+const compared = measured => Object.keys(MEASURES).filter(name => isKnown(measured[name]));
+
+/** The agreement of one structure, as the server has it for all; undefined where nothing was measured. */
+function agreementOf(measured) {
+  const names = compared(measured);
+  return names.length ? mean(names.map(name => measured[name])) : (measured.soft_dice ?? undefined);
+}
 const worstFirst = (structures, most) => structures.sort(([, a], [, b]) => a - b).slice(0, most);
 const named = structures => structures.map(([name, value]) => `${name} ${dice(value)}`).join(', ');
 
@@ -33,13 +40,13 @@ export const sentence = phrase => `${phrase[0].toUpperCase()}${phrase.slice(1)}$
  * @returns {?{text: string, title: string}} null where nothing was measured
  */
 export function sureness({ uncertainty, expected_dice: expected }) {
-  const measure = uncertainty && measureOf(uncertainty);
-  if (!measure) {
+  if (!uncertainty || agreementOf(uncertainty) === undefined) {
     return null;
   }
+  const measures = compared(uncertainty).map(name => MEASURES[name]);
   const unsure = unsureStructures(uncertainty);
   const least = unsure.length ? `, least sure of ${unsure.map(([name]) => name).join(', ')}` : '';
-  const agreement = `${expected ? `Agreement ${dice(uncertainty.agreement)}: c` : 'C'}ompares ${MEASURES[measure]}`;
+  const agreement = `${expected ? `Agreement ${dice(uncertainty.agreement)}: c` : 'C'}ompares ${measures.join(', and ') || OWN_PROBABILITIES}`;
   return {
     text: `${expected ? expectedText(expected) : `Agreement ${dice(uncertainty.agreement)}`}${least}`,
     title: [
@@ -53,7 +60,7 @@ export function sureness({ uncertainty, expected_dice: expected }) {
 }
 
 function unsureStructures({ structures = {} }) {
-  const agreements = Object.entries(structures).map(([name, measured]) => [name, measured[measureOf(measured)]]);
+  const agreements = Object.entries(structures).map(([name, measured]) => [name, agreementOf(measured)]);
   return worstFirst(
     agreements.filter(([, value]) => value < UNSURE_BELOW),
     UNSURE_AT_MOST
