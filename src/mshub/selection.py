@@ -234,13 +234,15 @@ def suspicion(case: Case) -> tuple[float, str]:
     return max(found, default=(-1.0, ""))
 
 
+DEFAULT = "class_stratified"
+"""The one that the table in docs/active-learning.md speaks for."""
 STRATEGIES = {
     strategy.name: strategy
     for strategy in (
+        Strategy(DEFAULT, "Cases the model is unsure of, each structure in its turn", _class_stratified),
         Strategy("random", "A random case that has no label yet", _random, is_random=True),
         Strategy("first", "The first case of the list that has no label yet", _first),
         Strategy("uncertainty", "The case the model is least sure of", _uncertainty),
-        Strategy("class_stratified", "Cases the model is unsure of, each structure in its turn", _class_stratified),
         Strategy("diversity", "The case least like those labelled so far", _diversity),
         Strategy("hybrid", "Variety among the cases the model is unsure of", _hybrid),
         Strategy("worst_first", "The case the model most probably fails on", _worst_first),

@@ -354,7 +354,7 @@ def test_a_batch_that_is_interrupted_loses_no_case(
         ({"images": "a"}, 400, "list of image ids"),
         ({"limit": 0}, 400, "number of cases"),
         ({"limit": True}, 400, "number of cases"),
-        ({"strategy": "relabel"}, 400, "Known: random, first"),
+        ({"strategy": "relabel"}, 400, "Known: class_stratified, random, first"),
         ({"imagse": ["a"]}, 400, "imagse"),
     ],
 )

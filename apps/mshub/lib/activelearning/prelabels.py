@@ -18,7 +18,7 @@ from lib.activelearning.offers import Offers, unlabelled
 from lib.datastore import StudiesFolder
 from lib.faults import not_found
 from mshub.case_index import Batch, CaseIndex
-from mshub.selection import STRATEGIES
+from mshub.selection import DEFAULT, STRATEGIES
 from mshub.store import ModelVersion
 
 OPTIONS = frozenset({"images", "strategy", "limit", "client_id", "again"})
@@ -46,7 +46,7 @@ class Prelabels:
         ----------
         version : ModelVersion
         request : mapping
-            ``images`` (ids; default: all without a final label), ``strategy`` (whose order; default ``uncertainty``),
+            ``images`` (ids; default: all without a final label), ``strategy`` (whose order; `DEFAULT` without one),
             ``limit`` (the first so many of them), ``client_id``, ``again`` (true: also cases the version has a
             pre-label of).
         modalities : list of str
@@ -119,7 +119,7 @@ def _checked(request: Mapping[str, Any]) -> tuple[str, int | None]:
     images = request.get("images")
     if images is not None and not (isinstance(images, list) and all(isinstance(image, str) for image in images)):
         raise HTTPException(400, f"images is {images!r}; expected a list of image ids, or nothing for all that wait.")
-    strategy = str(request.get("strategy") or "uncertainty")
+    strategy = str(request.get("strategy") or DEFAULT)
     if strategy not in STRATEGIES or STRATEGIES[strategy].of_labelled:
         known = ", ".join(name for name, other in STRATEGIES.items() if not other.of_labelled)
         raise HTTPException(400, f"The strategy {strategy!r} cannot put waiting cases in order. Known: {known}.")
