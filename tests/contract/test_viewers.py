@@ -15,6 +15,7 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 from requests_toolbelt.multipart import decoder
 
+from factories import make_image
 from live import Site
 
 
@@ -132,7 +133,10 @@ def test_ohifs_class_prompt_returns_only_the_ticked_structure_under_its_own_valu
     assert (arrays[1] == 2).any()
 
 
-def test_ohifs_next_sample_has_an_id_a_path_and_a_name(site: Site, recorded: Any) -> None:
+def test_ohifs_next_sample_has_an_id_a_path_and_a_name(site: Site, recorded: Any, tmp_path: Path) -> None:
+    """Its stock panel says nothing of who it is; a case that nobody has in work is there for it."""
+    with make_image(tmp_path / "free.nii.gz", (17, 19, 16), seed=21).open("rb") as file:
+        httpx.put(f"{site.server.url}/datastore/?image=free", files={"file": file}).raise_for_status()
     request = recorded("ohif_next_sample")
     sample = httpx.post(site.server.url + request["path"], json=request["params"]).json()
     assert {"id", "path", "name"} <= set(sample)
