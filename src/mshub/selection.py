@@ -158,10 +158,10 @@ def _first(pool: Pool, cases: Sequence[Case], rng: random.Random) -> Iterator[Ch
 
 
 def _uncertainty(pool: Pool, cases: Sequence[Case], rng: random.Random) -> Iterator[Choice]:
-    known, unknown = _by_score(cases, lambda case: doubt(case, pool.usual))
-    for score, case in sorted(known, key=lambda item: -item[0]):
-        yield Choice(case.image, f"the model is least sure of it: {_of_agreement(case, pool.usual)}", score)
-    yield from _unknown(unknown, rng)
+    def why(case: Case) -> str:
+        return f"the model is least sure of it: {_of_agreement(case, pool.usual)}"
+
+    yield from _highest_first(cases, lambda case: doubt(case, pool.usual), why, rng)
 
 
 def _class_stratified(pool: Pool, cases: Sequence[Case], rng: random.Random) -> Iterator[Choice]:
@@ -204,10 +204,11 @@ def _hybrid(pool: Pool, cases: Sequence[Case], rng: random.Random) -> Iterator[C
 
 def _worst_first(pool: Pool, cases: Sequence[Case], rng: random.Random) -> Iterator[Choice]:
     """The most likely failures: by the structure that is worst, whatever the others look like."""
-    known, unknown = _by_score(cases, lambda case: _failure(case, pool.usual))
-    for score, case in sorted(known, key=lambda item: -item[0]):
-        yield Choice(case.image, f"the most likely failure: {_of_failure(case, pool.usual)}", score)
-    yield from _unknown(unknown, rng)
+
+    def why(case: Case) -> str:
+        return f"the most likely failure: {_of_failure(case, pool.usual)}"
+
+    yield from _highest_first(cases, lambda case: _failure(case, pool.usual), why, rng)
 
 
 def _relabel(pool: Pool, cases: Sequence[Case], rng: random.Random) -> Iterator[Choice]:
@@ -274,6 +275,15 @@ def _by_score(
     return [(value, case) for value, case in scored if value is not None], [
         case for value, case in scored if value is None
     ]
+
+
+def _highest_first(
+    cases: Sequence[Case], score: Callable[[Case], float | None], why: Callable[[Case], str], rng: random.Random
+) -> Iterator[Choice]:
+    known, unknown = _by_score(cases, score)
+    for value, case in sorted(known, key=lambda item: -item[0]):
+        yield Choice(case.image, why(case), value)
+    yield from _unknown(unknown, rng)
 
 
 def _unknown(cases: Sequence[Case], rng: random.Random) -> Iterator[Choice]:
