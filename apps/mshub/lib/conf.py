@@ -54,6 +54,11 @@ class Config:
     idle_minutes: float = 30.0
     idle_cases: int = 200
 
+    @property
+    def lease_s(self) -> float:
+        """`lease_minutes` in seconds."""
+        return self.lease_minutes * 60
+
     @classmethod
     def parse(cls, conf: Mapping[str, str], environment: Mapping[str, str] | None = None) -> Config:
         """Read ``--conf`` pairs and ``MSHUB_*`` variables.

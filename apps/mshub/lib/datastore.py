@@ -220,8 +220,12 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
         CaseError
             ``patients.csv`` is not what `mshub.case_folders.read_patients` expects.
         """
-        known = read_patients(Path(self._datastore.image_path()) / PATIENTS)
+        known = self._patients_table()
         return {image: patient_of(image, self.get_image_info(image), known) for image in images}
+
+    def _patients_table(self) -> dict[str, str]:
+        """Return what ``patients.csv`` in the folder says."""
+        return read_patients(Path(self._datastore.image_path()) / PATIENTS)
 
     def image_state(self, image_id: str) -> str:
         """Return what changes when the image does: names, sizes and times of change of its files."""
@@ -255,7 +259,7 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
         CaseError
             ``patients.csv`` in the folder is not what `mshub.case_folders.read_patients` expects.
         """
-        patients = read_patients(Path(self._datastore.image_path()) / PATIENTS)
+        patients = self._patients_table()
         images = set(self._known_images())
         for case in sorted(patients.keys() - images):
             self._warn_once(f"{PATIENTS} names {case}, which is no image here")
@@ -266,7 +270,7 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
 
     def reviewed_case(self, image_id: str, channels: Sequence[Channel]) -> ReviewedCase | None:
         """Return one image with its final label, as `reviewed_cases` does; None if a model cannot learn from it."""
-        patients = read_patients(Path(self._datastore.image_path()) / PATIENTS)
+        patients = self._patients_table()
         return self._reviewed_case(image_id, channels, patients, self.structures())
 
     def _known_images(self) -> list[str]:

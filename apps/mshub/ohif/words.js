@@ -83,14 +83,14 @@ export function changes({ dice: found, edited_voxels: edited }) {
     return { text: 'The same as the pre-label.', title: '' };
   }
   const structures = Object.entries(found);
-  const mean = structures.reduce((sum, [, value]) => sum + value, 0) / structures.length;
+  const values = structures.map(([, value]) => value);
   const voxels = edited === 1 ? '1 voxel' : `${edited.toLocaleString('en')} voxels`;
   const worst = worstFirst(
     structures.filter(([, value]) => value < 1),
     WORST_AT_MOST
   );
   return {
-    text: `Changed ${voxels}${structures.length ? `; mean Dice with the pre-label ${dice(mean)}` : ''}.`,
+    text: `Changed ${voxels}${structures.length ? `; mean Dice with the pre-label ${dice(mean(values))}` : ''}.`,
     title: worst.length ? `Dice with the pre-label: ${named(worst)}` : '',
   };
 }

@@ -11,7 +11,7 @@ are compared pair by pair.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
@@ -21,8 +21,6 @@ import numpy as np
 import torch
 
 from mshub.uncertainty import StructureUncertainty, Uncertainty
-
-Means = Callable[[torch.Tensor], torch.Tensor]
 
 VOXELS_AT_ONCE = 2**18
 """So many voxels of all classes are looked at together, which bounds the memory it takes."""
@@ -167,8 +165,12 @@ class Measures:
 
     def end_of_fold(self, outputs: torch.Tensor) -> None:
         """Keep the label map of a fold; axes (channel, *spatial)."""
-        maps = [self._heads.label_maps(part) for part in outputs.split(_slices(outputs), dim=1)]
-        self._fold_maps.append(torch.cat(maps, dim=1).cpu())
+        self._fold_maps.append(self._whole_maps(outputs, outputs.device))
+
+    def _whole_maps(self, outputs: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Return the label maps of an image, made on `device` some slices at a time."""
+        parts = outputs.split(max(1, VOXELS_AT_ONCE // max(1, outputs[0, 0].numel())), dim=1)
+        return torch.cat([self._heads.label_maps(part.to(device)).cpu() for part in parts], dim=1)
 
     def _keep_features(self, deepest: torch.Tensor, output: torch.Tensor) -> None:
         """Keep mean and spread of the features of a tile, and how much of it is structures; of the first pass only."""
@@ -196,8 +198,7 @@ class Measures:
         maps = self._fold_maps[0]
         if len(self._fold_maps) > 1:
             self._folds.count(self._fold_maps)
-            parts = outputs.split(_slices(outputs), dim=1)
-            maps = torch.cat([self._heads.label_maps(part.to(device)).cpu() for part in parts], dim=1)
+            maps = self._whole_maps(outputs, device)
         looked = _Probabilities(self._heads, outputs, maps, device)
         columns = (self._mirrors.dice(), self._folds.dice(), looked.soft_dice(), looked.entropies(), looked.voxels())
         structures = {
@@ -217,7 +218,7 @@ class _Probabilities:
     """The probabilities inside a label and next to its surface, summed up."""
 
     def __init__(self, heads: Heads, outputs: torch.Tensor, maps: torch.Tensor, device: torch.device) -> None:
-        self._heads, self._outputs, self._maps, self._device = heads, outputs.flatten(1), maps.flatten(1), device
+        self._heads, self._outputs, self._maps = heads, outputs.flatten(1), maps.flatten(1)
         structures = len(heads.names)
         self._expected, self._common, self._unsure, self._voxels = (np.zeros(structures) for _ in range(4))
         foreground = (maps != 0).any(0).flatten()
@@ -296,8 +297,3 @@ def _surface(labels: torch.Tensor) -> torch.Tensor:
         found.narrow(axis, 0, length).logical_or_(differs)
         found.narrow(axis, 1, length).logical_or_(differs)
     return found
-
-
-def _slices(outputs: torch.Tensor) -> int:
-    """Return how many slices of the first spatial axis hold about `VOXELS_AT_ONCE` voxels."""
-    return max(1, VOXELS_AT_ONCE // max(1, int(np.prod(outputs.shape[2:]))))

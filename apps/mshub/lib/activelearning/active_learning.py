@@ -113,7 +113,7 @@ class ActiveLearning:
     def _note_client(self, image: str, client: str, model: str) -> None:
         self.casebook.index.note_interest(model, client)
         if client:
-            self.casebook.index.renew(image, client, self._config.lease_minutes * 60, model=model)
+            self.casebook.index.renew(image, client, self._config.lease_s, model=model)
 
     def note_submission(self, image: str, datastore: StudiesFolder) -> None:
         """Keep how a submitted label agrees with its pre-label, and let others have the image."""

@@ -24,7 +24,6 @@ from mshub.selection import STRATEGIES
 from mshub.selection import Strategy as Ranking
 from mshub.store import ModelStore, ModelVersion
 
-SECONDS_PER_MINUTE = 60
 ATTEMPTS = 20
 SOON = 50
 """So many cases, the best, are tried before the others are looked at again: some may just have been taken."""
@@ -96,22 +95,16 @@ class Offers:
             model = asked.model
             self._casebook.index.keep_choice(offer.image, model, asked.client, offer.strategy, offer.audit, offer.why)
         facts = {"model": version.model_id, "version": version.version} if version else {}
-        until = {"leased_until": int(time.time() + self._lease_s)}
+        until = {"leased_until": int(time.time() + self._config.lease_s)}
         told = {"id": offer.image, "why": offer.why, "chosen_by": offer.strategy, "audit": offer.audit}
         return {**told, "waiting": len(cases), **facts, **until}
 
     def order(self, strategy: str, version: ModelVersion, images: Sequence[str], datastore: Datastore) -> list[str]:
-        """Return images in the order of a strategy, the best first."""
-        ranking = STRATEGIES[strategy]
+        """Return waiting images in the order of a strategy of waiting ones, the best first."""
         pool = self._casebook.pool(version, images, labelled({}, datastore), datastore)
-        chosen = [choice.image for choice in ranking.ranked(pool, self._rng)] if not ranking.of_labelled else []
-        return [*chosen, *(image for image in images if image not in set(chosen))]
+        return [choice.image for choice in STRATEGIES[strategy].ranked(pool, self._rng)]
 
     # -- private ------------------------------------------------------------------------------------------------
-
-    @property
-    def _lease_s(self) -> float:
-        return self._config.lease_minutes * SECONDS_PER_MINUTE
 
     def _offer(self, asked: _Asked, cases: Sequence[str]) -> tuple[Offer | None, dict[str, Lease]]:
         """Lease the best of the free cases, None where there is none; and return the leases there were before."""
@@ -142,7 +135,7 @@ class Offers:
         pool = self._casebook.pool(asked.version, waiting, taken, asked.datastore)
         ranked = asked.ranking.ranked(pool, self._rng)
         choices = {choice.image: choice for choice in islice(ranked, SOON)}
-        image = self._casebook.index.lease(list(choices), asked.client, self._lease_s, model=asked.model)
+        image = self._casebook.index.lease(list(choices), asked.client, self._config.lease_s, model=asked.model)
         return Offer(image, choices[image].why, asked.ranking.name, asked.ranking.is_random) if image else None
 
     @property
@@ -152,7 +145,7 @@ class Offers:
     def _audit(self, asked: _Asked, audits: Sequence[str]) -> Offer | None:
         """Lease a random case of a patient who judges versions."""
         order = self._rng.sample(audits, len(audits))
-        image = self._casebook.index.lease(order, asked.client, self._lease_s, model=asked.model)
+        image = self._casebook.index.lease(order, asked.client, self._config.lease_s, model=asked.model)
         why = (
             f"drawn at random from {len(audits)} of patients who judge new versions: each {_ordinal(self._every)} "
             "case or so is one of these"
@@ -175,7 +168,7 @@ class Offers:
         best = min(own, key=lambda lease: (lease.image in skipped, lease.until), default=None)
         if best is None:
             return None
-        self._casebook.index.renew(best.image, asked.client, self._lease_s)
+        self._casebook.index.renew(best.image, asked.client, self._config.lease_s)
         return Offer(best.image, "you have it already, and no other case waits", "", again=True)
 
 

@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -142,7 +143,7 @@ class SpareTime(threading.Thread):
         task = next(self._tasks(), None)
         if task is None:
             return PAUSE_S
-        self._do(task, self._check_idle)
+        self._do(task)
         return 0.0
 
     # -- batches ------------------------------------------------------------------------------------------------
@@ -216,11 +217,11 @@ class SpareTime(threading.Thread):
         used = self._casebook.index.interests(time.time() - INTEREST_DAYS * DAY_S)
         return [model for model in used if model in served] or (served if len(served) == 1 else [])
 
-    def _do(self, task: _Task, check: Check) -> None:
+    def _do(self, task: _Task) -> None:
         started = time.monotonic()
         try:
             with self._shown(task.version.model_id, task.image, "looking"):
-                task.act(task.version, task.image, check)
+                task.act(task.version, task.image, self._check_idle)
         except (MSHubError, HTTPException, OSError) as error:
             if _is_interrupted(error):
                 return
@@ -247,21 +248,14 @@ class SpareTime(threading.Thread):
         if self._casebook.index.open_batches():
             raise Interrupted("A batch of pre-labels goes first.")
 
-    def _shown(self, model: str, image: str, what: str) -> _Shown:
-        return _Shown(self, {"model": model, "image": image, "doing": what})
-
-
-class _Shown:
-    """Tells what the thread is doing for as long as the block runs."""
-
-    def __init__(self, thread: SpareTime, facts: dict[str, Any]) -> None:
-        self._thread, self._facts = thread, facts
-
-    def __enter__(self) -> None:
-        self._thread._doing = self._facts
-
-    def __exit__(self, *_: object) -> None:
-        self._thread._doing = None
+    @contextmanager
+    def _shown(self, model: str, image: str, what: str) -> Iterator[None]:
+        """Tell what is being done for as long as the block runs."""
+        self._doing = {"model": model, "image": image, "doing": what}
+        try:
+            yield
+        finally:
+            self._doing = None
 
 
 def _sample(images: Sequence[str], most: int) -> list[str]:

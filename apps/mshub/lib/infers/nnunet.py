@@ -108,11 +108,11 @@ class NNUNetInferTask(InferTask):  # type: ignore[misc]
             kept = _kept_labels(predictor.folder, request.get("label_prompt"))
             client = str(request.get("client_id") or "")
             image, check = str(request.get("image_id", "")), request.get("check")
-            with (
-                self._activity.run(self.model_id, image, client)
-                if check is None
-                else _unseen(self.model_id, image) as run
-            ):
+            is_waited_for = check is None
+            watched = (
+                self._activity.run(self.model_id, image, client) if is_waited_for else _unseen(self.model_id, image)
+            )
+            with watched as run:
                 images, facts = _images(request, version, run)
                 run.predicting()
                 prediction = predictor.predict(images, options, run.progress, check)
