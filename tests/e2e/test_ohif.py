@@ -428,8 +428,11 @@ def test_the_ways_to_choose_have_names_and_a_case_that_is_not_there_is_explained
     assert browser.labelmap()[0].any()  # what was not submitted is still there
 
     doubted = clinic.get("/datastore/image/info", image=other.uid).json()
-    answer_next_case_with(browser, {**doubted, "id": other.uid, "why": "its label looks wrong: liver"})
+    over = {"passed_over": {"1.2.3": "found a gap of 10 mm"}}
+    answer_next_case_with(browser, {**doubted, "id": other.uid, "why": "its label looks wrong: liver", **over})
     assert "its label looks wrong" in browser.next_case("relabel")
+    browser.page.get_by_text("A case was passed over").wait_for()
+    assert "Found a gap of 10 mm." in toast(browser)
     browser.control("load").click()
     browser.control("state").filter(has_text="Submitted label: not submitted").wait_for()
     browser.screenshot("23-doubtful-label")

@@ -552,6 +552,7 @@ export class Workbench extends EventTarget {
       const skip = this.series ? [this.series.uid] : [];
       const found = await server.nextCase(this.strategy, { client_id: this.client(), model: this.model, skip });
       this.advice = found.hint ? { model: this.model, text: found.hint } : null;
+      this.tellPassedOver(Object.values(found.passed_over ?? {}));
       if (!found.StudyInstanceUID) {
         this.tell('No next case', sentence(found.why ?? 'every case for this model has a reviewed label'), 'info');
         return;
@@ -567,6 +568,13 @@ export class Workbench extends EventTarget {
     } finally {
       this.findingNext = false;
       this.changed();
+    }
+  }
+
+  tellPassedOver(reasons) {
+    if (reasons.length) {
+      const title = reasons.length === 1 ? 'A case was passed over' : `${reasons.length} cases were passed over`;
+      this.tell(title, sentence(reasons[0]), 'warning');
     }
   }
 

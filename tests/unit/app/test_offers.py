@@ -13,6 +13,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+from fastapi import HTTPException
 
 from lib.app import MSHubApp
 from mshub.case_folders import PATIENTS
@@ -151,6 +152,51 @@ def test_without_labels_to_doubt_relabel_says_so(make_clinic: MakeClinic) -> Non
 def test_a_client_that_names_no_model_is_offered_cases_for_the_one_it_used(make_clinic: MakeClinic) -> None:
     sample = make_clinic(2).next_sample({"strategy": "uncertainty", "client_id": "slicer"})
     assert sample["model"] == "tiny"  # the only one there is
+
+
+def unopenable(app: MSHubApp, monkeypatch: pytest.MonkeyPatch, *images: str, status: int = 422) -> None:
+    """Let some images be ones that cannot be opened, as series of a PACS with slices missing are."""
+    datastore = app.datastore()
+    path_of = datastore.get_image_uri
+
+    def uri(image: str) -> str:
+        if image in images:
+            raise HTTPException(status, f"found a gap in {image}")
+        return str(path_of(image))
+
+    monkeypatch.setattr(datastore, "get_image_uri", uri)
+    monkeypatch.setattr(datastore, "get_image_info", lambda image: {})
+
+
+def test_a_case_that_cannot_be_opened_is_passed_over_and_said(
+    make_clinic: MakeClinic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = make_clinic(3)
+    unopenable(app, monkeypatch, "case000", "case001")
+    case = ask(app, "first")
+    assert case["id"] == "case002"
+    assert case["path"].endswith("case002.nii.gz")
+    assert case["passed_over"] == {image: f"found a gap in {image}" for image in ("case000", "case001")}
+    assert "id" not in ask(app, "first", client="bob"), "nobody else is offered them meanwhile"
+
+
+def test_when_no_case_can_be_opened_the_reason_is_told(
+    make_clinic: MakeClinic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = make_clinic(2)
+    unopenable(app, monkeypatch, "case000", "case001")
+    with pytest.raises(HTTPException, match="found a gap in case000"):
+        ask(app, "first")
+
+
+def test_a_pacs_that_does_not_answer_is_no_reason_to_pass_over_a_case(
+    make_clinic: MakeClinic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = make_clinic(2)
+    unopenable(app, monkeypatch, "case000", status=503)
+    with pytest.raises(HTTPException) as refused:
+        ask(app, "first")
+    assert refused.value.status_code == 503
 
 
 def test_an_unknown_model_is_a_404(make_clinic: MakeClinic) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
+from fastapi import HTTPException
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.scoring import ScoringMethod
 from monailabel.interfaces.tasks.strategy import Strategy
@@ -28,6 +30,9 @@ from mshub.store import ModelStore, ModelVersion
 from mshub.uncertainty import Uncertainty
 
 logger = logging.getLogger(__name__)
+
+PASSED_OVER_AT_MOST = 10
+"""Cases that cannot be opened, in one request: each may have been downloaded to find out."""
 
 
 class ActiveLearning:
@@ -125,18 +130,43 @@ class ActiveLearning:
     # -- the next case ------------------------------------------------------------------------------------------
 
     def next(self, strategy: str, request: dict[str, Any], datastore: Datastore) -> dict[str, Any]:
-        """Return the next case for a client; see `Offers.next`. Adds ``path``, and ``hint`` where there is one."""
+        """Return the next case for a client that can be opened.
+
+        Parameters and result are those of `Offers.next`; adds ``path``, ``hint`` where there is one, and
+        ``passed_over``: image -> the reason, of cases that were chosen but cannot be opened. These stay with the
+        client as long as any case, so that nobody else is offered them meanwhile.
+
+        Raises
+        ------
+        HTTPException
+            The images cannot be reached, or none that is left can be opened.
+        """
         model, client = request.get("model"), str(request.get("client_id") or "")
         if model is not None:
             self.casebook.index.note_interest(model, client)
-        sample = self.offers.next(strategy, request, datastore)
+        sample = self._openable(strategy, request, datastore)
         hint = self.casebook.hint(model) if model is not None else None
         sample = {**sample, **({"hint": hint} if hint else {})}
-        if "id" not in sample:
-            return sample
-        if sample["chosen_by"] and isinstance(datastore, StudiesFolder):
+        if sample.get("chosen_by") and isinstance(datastore, StudiesFolder):
             datastore.note_offer(sample["id"], sample["chosen_by"], client)
-        return {**sample, "path": datastore.get_image_uri(sample["id"])}
+        return sample
+
+    def _openable(self, strategy: str, request: dict[str, Any], datastore: Datastore) -> dict[str, Any]:
+        passed_over: dict[str, str] = {}
+        while True:
+            sample = self.offers.next(strategy, request, datastore)
+            told = {"passed_over": passed_over} if passed_over else {}
+            image = sample.get("id")
+            if image is None:
+                return {**sample, **told}
+            try:
+                return {**sample, "path": datastore.get_image_uri(image), **told}
+            except HTTPException as error:
+                unreachable = error.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR
+                if unreachable or image in passed_over or len(passed_over) == PASSED_OVER_AT_MOST:
+                    raise
+                logger.warning("%s is passed over as the next case: %s", image, error.detail)
+                passed_over[image] = str(error.detail)
 
     def last_model(self, client: str) -> str | None:
         """Return the model a client used last."""
