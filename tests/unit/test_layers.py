@@ -29,8 +29,10 @@ LIBRARY_LAYERS = (
     *("report.contents", "report.words", "report.comparisons", "report.curves", "report.canvas", "report.slices"),
     "report.page",
     *("nnunet.pickle_limits", "nnunet.checkpoints", "nnunet.pieces", "nnunet.postprocessing", "nnunet.folder"),
+    *("nnunet.kernels", "nnunet.half_precision", "nnunet.window_kernels", "nnunet.export_kernels"),
+    *("nnunet.device_export", "nnunet.export"),
     *("nnunet.devices", "nnunet.measures", "nnunet.sliding_window"),
-    *("nnunet.preprocessing", "nnunet.engine", "nnunet.network_cache", "nnunet.reading", "nnunet.predictor"),
+    *("nnunet.resampling", "nnunet.preprocessing", "nnunet.engine", "nnunet.network_cache", "nnunet.reading", "nnunet.predictor"),
     *("nnunet.model_writing", "nnunet.v1_files", "nnunet.v1_network", "nnunet.v1_plans"),
     *("nnunet.v1_conversion", "nnunet.trusted", "nnunet.planning", "nnunet.training_set", "nnunet.trainer"),
     *("evaluation", "bundled", "install", "round_report", "rounds", "worker", "serve", "console", "cli", "__main__"),
@@ -41,7 +43,7 @@ APP_LAYERS = (
     *("lib.infers", "lib.trainers", "lib.activelearning", "lib.app", "lib.server", "main"),
 )
 PACKAGES = ("mshub", "mshub.nnunet", "mshub.report")  # hold modules, and no code of their own
-TORCH = {"torch", "nnunetv2", "dynamic_network_architectures", "batchgenerators", "acvl_utils"}
+TORCH = {"torch", "numba", "nnunetv2", "dynamic_network_architectures", "batchgenerators", "acvl_utils"}
 SERVER = {"monailabel", "monai", "fastapi", "starlette", "uvicorn"}
 
 RUN = """

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 
-from mshub.errors import ModelFolderError, PredictionError
+from mshub.errors import ModelFolderError
+from mshub.nnunet.export import Export
 from mshub.nnunet.folder import ModelFolder
 from mshub.nnunet.measures import Heads, Measures
 from mshub.nnunet.postprocessing import keep_largest
@@ -58,6 +58,7 @@ class Engine:
             folder.trainer,
             folder.mirror_axes or None,  # nnU-Net takes the maximum of the axes: an empty tuple must not reach it
         )
+        self._export = Export(folder)
         self.nbytes = sum(tensor.nbytes for weights in parameters for tensor in weights.values())
 
     def preprocess(self, data: Array, properties: dict[str, Any]) -> tuple[Array, dict[str, Any]]:
@@ -126,13 +127,7 @@ class Engine:
         logits: torch.Tensor = self._window.predict_logits_from_preprocessed_data(
             torch.from_numpy(data).contiguous().float()
         )
-        # The class of a NaN is background, an empty mask. One class at a time: logits are large.
-        if not all(torch.isfinite(channel).all() for channel in logits):
-            raise PredictionError(
-                "The network's output holds values that are not finite. Check the image for absurd intensities; if "
-                "other images fail too, the weights are damaged: run `mshub verify`."
-            )
-        return logits.cpu()
+        return logits
 
     def uncertainty(self, measures: Measures, logits: torch.Tensor, properties: dict[str, Any]) -> Uncertainty:
         """Return what was measured while `logits` were made."""
@@ -143,9 +138,7 @@ class Engine:
 
     def segmentation(self, logits: torch.Tensor, properties: dict[str, Any]) -> Array:
         """Return the label map in nnU-Net's values on the reader's grid, axes (z, y, x)."""
-        segmentation: Array = convert_predicted_logits_to_segmentation_with_correct_shape(
-            logits.numpy(), self._plans, self._configuration, self._window.label_manager, properties
-        )
+        segmentation = self._export.label_map(logits, properties)
         return keep_largest(segmentation, self._folder.keeps_largest, float(np.prod(properties["spacing"])))
 
 

@@ -142,21 +142,26 @@ class Measures:
         """Take note of what the encoder made of a tile: a forward hook."""
         self._deepest = output[-1] if isinstance(output, (list, tuple)) else output
 
-    def one_pass(self, output: torch.Tensor, passes: int) -> None:
-        """Look at the output for one tile or a mirrored copy of it, turned back.
+    def one_pass(self, output: torch.Tensor, passes: int, mirrored: tuple[int, ...] = ()) -> None:
+        """Look at the output for one tile or a mirrored copy of it.
 
         Parameters
         ----------
         output : Tensor, axes (1, channel, *spatial)
+            As mirrored as the copy is.
         passes : int
             How many there are of each tile.
+        mirrored : tuple of int
+            Along which axes of `output` the copy is mirrored.
         """
         if self._deepest is not None and not self._fold_maps:  # features of other folds cannot be compared
             self._keep_features(self._deepest, output[0])
         self._deepest = None
         if passes > 1:
             step = 2 if output[0, 0].numel() >= LARGE_TILE else 1
-            self._passes.append(self._heads.label_maps(output[0, :, ::step]))
+            first = (output.shape[2] - 1) % step if 2 in mirrored else 0  # the same slices of the tile
+            maps = self._heads.label_maps(output[0, :, first::step])
+            self._passes.append(maps.flip([axis - 1 for axis in mirrored]))
 
     def end_of_tile(self) -> None:
         """Compare the passes over a tile."""

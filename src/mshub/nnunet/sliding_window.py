@@ -9,14 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import combinations
 from typing import Any
 
+import numpy as np
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 
+from mshub.nnunet.half_precision import bits_of, check_finite, not_finite
+from mshub.nnunet.kernels import in_parts
 from mshub.nnunet.measures import Measures
+from mshub.nnunet.window_kernels import add_mirrored, add_tile, divide
 
 Progress = Callable[[int, int], None]
 """Called with (tiles done, tiles in all) while the network runs."""
@@ -81,6 +86,52 @@ class SlidingWindow(nnUNetPredictor):  # type: ignore[misc]
         finally:
             hook.remove()
 
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def predict_logits_from_preprocessed_data(self, data: torch.Tensor) -> torch.Tensor:
+        """Return the mean over all folds, half precision, axes (class, *spatial), where it was calculated.
+
+        nnU-Net would use 8 threads at most, and move every fold's to the CPU.
+        """
+        mean = self._of_fold(self.list_of_parameters[0], data)
+        for parameters in self.list_of_parameters[1:]:
+            logits = self._of_fold(parameters, data)
+            mean = mean.to(logits.device).add_(logits)
+        return mean if len(self.list_of_parameters) == 1 else mean.div_(len(self.list_of_parameters))
+
+    def _of_fold(self, parameters: dict[str, Any], data: torch.Tensor) -> torch.Tensor:
+        self.network.load_state_dict(parameters)
+        return self.predict_sliding_window_return_logits(data)
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def _internal_predict_sliding_window_return_logits(
+        self, data: torch.Tensor, slicers: list[Any], do_on_device: bool = True
+    ) -> torch.Tensor:
+        if self.device.type != "cpu":
+            logits: torch.Tensor = super()._internal_predict_sliding_window_return_logits(data, slicers, do_on_device)
+            check_finite(logits)
+            return logits
+        patch = tuple(self.configuration_manager.patch_size)
+        gaussian = compute_gaussian(patch, sigma_scale=1 / 8, value_scaling_factor=10, device=self.device)
+        exact = gaussian.float()
+        sums = torch.zeros((self.label_manager.num_segmentation_heads, *data.shape[1:]), dtype=torch.half)
+        weights = torch.zeros(data.shape[1:], dtype=torch.half)
+        for slicer in slicers:
+            total, copies = self._sum_of_passes(data[slicer][None].contiguous())
+            _add_tile(sums, total, copies, exact, slicer)
+            weights[slicer[1:]] += gaussian
+        if not all(in_parts(partial(divide, bits_of(sums), bits_of(weights)), len(sums))):
+            raise not_finite()
+        return sums
+
+    def _sum_of_passes(self, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Return the sum of the network's outputs for a tile and its mirrored copies, and how many there are."""
+        flips = list(self._flips())
+        total = self._pass(x, flips[0], len(flips)).contiguous()
+        for axes in flips[1:]:
+            _add_mirrored(total, self._pass(x, axes, len(flips)).contiguous(), axes)
+        self._end_of_tile()
+        return total, len(flips)
+
     def _internal_maybe_mirror_and_predict(self, x: torch.Tensor) -> torch.Tensor:
         passes = self._passes(x)
         prediction = next(passes)
@@ -94,16 +145,25 @@ class SlidingWindow(nnUNetPredictor):  # type: ignore[misc]
         flips = list(self._flips())
         self._count = len(flips)
         for axes in flips:
-            if self._check is not None:
-                self._check()
-            output = self._outcome(torch.flip(x, axes) if axes else x)
-            output = torch.flip(output, axes) if axes else output
-            if self._measures is not None:
-                self._measures.one_pass(output, len(flips))
-            yield output
+            output = self._pass(x, axes, len(flips))
+            yield torch.flip(output, axes) if axes else output
+        self._end_of_tile()
+
+    def _pass(self, x: torch.Tensor, axes: tuple[int, ...], passes: int) -> torch.Tensor:
+        """Return the network's output for a copy of a tile, mirrored as the copy is."""
+        if self._check is not None:
+            self._check()
+        output = self._outcome(torch.flip(x, axes) if axes else x)
+        if self._measures is not None:
+            self._measures.one_pass(output, passes, axes)
+        return output
+
+    def _end_of_tile(self) -> None:
         if self._measures is not None:
             self._measures.end_of_tile()
-        self._count_tile()
+        self._done += 1
+        if self._on_progress is not None:
+            self._on_progress(self._done, self._total)
 
     def _outcome(self, x: torch.Tensor) -> torch.Tensor:
         outcome: torch.Tensor = self.network(x)
@@ -115,10 +175,26 @@ class SlidingWindow(nnUNetPredictor):  # type: ignore[misc]
         for count in range(len(axes) + 1):
             yield from combinations(axes, count)
 
-    def _count_tile(self) -> None:
-        self._done += 1
-        if self._on_progress is not None:
-            self._on_progress(self._done, self._total)
+
+def _add_tile(
+    sums: torch.Tensor, total: torch.Tensor, copies: int, weights: torch.Tensor, slicer: tuple[slice | int, ...]
+) -> None:
+    """Add a tile, axes (1, class, *spatial), to the sums of the image; of a 2d network it lies in one slice."""
+    places = [slice(place, place + 1) if isinstance(place, int) else place for place in slicer[1:]]
+    z, y, x = (place.start for place in places)
+    shape = tuple(place.stop - place.start for place in places)
+    tile, weight = total.reshape(-1, *shape).numpy(), weights.reshape(shape).numpy()
+    share: Any = np.float32(1 / copies)
+    in_parts(partial(add_tile, bits_of(sums), tile, share, weight, (z, y, x)), len(tile))
+
+
+def _add_mirrored(total: torch.Tensor, output: torch.Tensor, axes: tuple[int, ...]) -> None:
+    """Add an output, axes (1, class, *spatial), turned back along `axes` of it; a 2d network's lacks one."""
+    missing = 5 - total.ndim
+    shape = (total.shape[1], *[1] * missing, *total.shape[2:])
+    mirrored = [axis + 2 - missing in axes for axis in range(3)]
+    arrays = total.view(shape).numpy(), output.view(shape).numpy()
+    in_parts(partial(add_mirrored, *arrays, *mirrored), len(arrays[0]))
 
 
 class ProbabilityWindow(SlidingWindow):
@@ -150,4 +226,5 @@ class ProbabilityWindow(SlidingWindow):
             tile = data[slicer][None].to(self.device)
             total[slicer] += self._internal_maybe_mirror_and_predict(tile)[0].to(device) * weight
             weights[slicer[1:]] += weight
-        return total.div_(weights)
+        check_finite(total.div_(weights))
+        return total
