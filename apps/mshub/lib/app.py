@@ -36,6 +36,7 @@ from mshub.errors import MSHubError
 from mshub.jobs import Jobs
 from mshub.label_export import FORMATS
 from mshub.nnunet.devices import available_devices
+from mshub.nnunet.image_cache import ImageCache
 from mshub.nnunet.network_cache import NetworkCache
 from mshub.nnunet.sliding_window import Check
 from mshub.store import ModelStore, ModelVersion
@@ -63,6 +64,7 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         self.config = Config.parse(conf or {})
         self.store = ModelStore(self.config.home)
         self.cache = NetworkCache(int(self.config.cache_gb * 2**30))
+        self.images = ImageCache(int(self.config.images_gb * 2**30))
         self.activity = Activity()
         self.jobs = Jobs(self.store.home)
         self.trainings = Trainings(self.jobs, self.config)
@@ -195,7 +197,7 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         self._trainers = self._current_trainers()
 
     def _infer_task(self, model: str) -> NNUNetInferTask:
-        return NNUNetInferTask(model, self.store, self.cache, self.config, self.activity)
+        return NNUNetInferTask(model, self.store, self.cache, self.config, self.activity, self.images)
 
     def _current_trainers(self) -> dict[str, NNUNetTrainTask]:
         if not settings.MONAI_LABEL_TASKS_TRAIN or not isinstance(self.datastore(), StudiesFolder):

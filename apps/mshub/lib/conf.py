@@ -34,6 +34,8 @@ class Config:
         Profile of requests that name none: see `mshub.nnunet.predictor.PROFILES`.
     cache_gb : float
         Memory for the weights of warm networks.
+    images_gb : float
+        Memory for images that are ready for the network, so that another request for one need not read it; 0: none.
     lease_minutes : float
         How long a case that was offered to somebody is offered to nobody else.
     audit_every : int
@@ -49,6 +51,7 @@ class Config:
     device: str = "auto"
     profile: str = "accurate"
     cache_gb: float = 8.0
+    images_gb: float = 1.0
     lease_minutes: float = 60.0
     audit_every: int = 5
     idle_minutes: float = 30.0
@@ -82,6 +85,7 @@ class Config:
             device=_device(chosen.get("device") or cls.device),
             profile=_one_of("profile", chosen.get("profile") or cls.profile, tuple(PROFILES)),
             cache_gb=_number("cache_gb", chosen.get("cache_gb") or cls.cache_gb, "gigabytes"),
+            images_gb=_number("images_gb", chosen.get("images_gb") or cls.images_gb, "gigabytes", least=0),
             lease_minutes=_number("lease_minutes", chosen.get("lease_minutes") or cls.lease_minutes, "minutes"),
             audit_every=int(_number("audit_every", chosen.get("audit_every") or cls.audit_every, "choices", least=0)),
             idle_minutes=_number(

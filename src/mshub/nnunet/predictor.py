@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,10 +16,11 @@ import torch
 
 from mshub.card_tables import AS_STORED, InputRules
 from mshub.errors import GeometryError, MSHubError, PredictionError
-from mshub.geometry import Volume
+from mshub.geometry import Array, Grid, Volume
 from mshub.nnunet.devices import resolve_device
 from mshub.nnunet.engine import Engine
 from mshub.nnunet.folder import ModelFolder
+from mshub.nnunet.image_cache import ImageCache, PreparedImage, image_key
 from mshub.nnunet.measures import Measures
 from mshub.nnunet.network_cache import NetworkCache
 from mshub.nnunet.reading import read_as_nnunet, read_channels, to_input_axes
@@ -132,11 +134,14 @@ class NNUNetPredictor:
         The model.
     cache : NetworkCache
         Where its networks are kept warm; shared between predictors.
+    images : ImageCache, optional
+        Where images are kept for the next request; shared between predictors. Without one, none is kept.
     """
 
-    def __init__(self, folder: ModelFolder, cache: NetworkCache) -> None:
+    def __init__(self, folder: ModelFolder, cache: NetworkCache, images: ImageCache | None = None) -> None:
         self.folder = folder
         self._cache = cache
+        self._images = images or ImageCache()
 
     def predict(
         self,
@@ -172,13 +177,11 @@ class NNUNetPredictor:
             The network failed; the message says at which stage.
         """
         run = self._run(options, progress, check)
-        volumes = self._read(images, run)
-        with _told_errors(run.device, volumes[0]):
+        with _told_errors(run):
+            segmentation, image, uncertainty = self._segment(images, run)
             reader = self.folder.plans_manager.image_reader_writer_class()
-            data, properties = read_as_nnunet(images, volumes, reader, options.rules)
-            segmentation, uncertainty = self._segment(data, properties, run)
-            array_xyz = to_input_axes(segmentation, properties, reader, volumes[0], options.rules.orientation)
-        labels = self._publish(array_xyz, volumes[0])
+            array_xyz = to_input_axes(segmentation, image.properties, reader, image.grid, options.rules.orientation)
+        labels = self._publish(array_xyz, image.grid)
         run.clock.lap("export")
         return Prediction(
             labels, dict(self.folder.labels.published), self._provenance(run), run.clock.laps, uncertainty
@@ -192,23 +195,13 @@ class NNUNetPredictor:
         Parameters and errors are those of `predict`.
         """
         run = self._run(options, None, check)
-        volumes = self._read(images, run)
-        with _told_errors(run.device, volumes[0]):
-            reader = self.folder.plans_manager.image_reader_writer_class()
-            data, properties = read_as_nnunet(images, volumes, reader, options.rules)
-            with self._cache.engine(self.folder, run.folds, run.device) as engine:
-                measures = engine.measures()
-                logits, properties = self._logits(engine, data, properties, run, measures)
-                return engine.uncertainty(measures, logits, properties)
+        with _told_errors(run), self._ready(images, run) as (engine, image):
+            measures = engine.measures()
+            return engine.uncertainty(measures, self._logits(engine, image, run, measures), image.properties)
 
     def _run(self, options: PredictOptions, progress: Progress | None, check: Check | None) -> _Run:
         folds = self._check_folds(options.folds)
         return _Run(folds, options, resolve_device(options.device), progress, check or _never)
-
-    def _read(self, images: Sequence[Path], run: _Run) -> list[Volume]:
-        volumes = read_channels(images, self.folder.channels)
-        run.clock.lap("read")
-        return volumes
 
     def _check_folds(self, wanted: tuple[str, ...]) -> tuple[str, ...]:
         unknown = [fold for fold in wanted if fold not in self.folder.folds]
@@ -218,35 +211,46 @@ class NNUNetPredictor:
             )
         return wanted or self.folder.folds
 
-    def _segment(
-        self, data: np.ndarray[Any, Any], properties: dict[str, Any], run: _Run
-    ) -> tuple[np.ndarray[Any, Any], Uncertainty | None]:
-        with self._cache.engine(self.folder, run.folds, run.device) as engine:
+    def _segment(self, images: Sequence[Path], run: _Run) -> tuple[Array, PreparedImage, Uncertainty | None]:
+        """Return the label map on the reader's grid, what was predicted, and how sure the network is."""
+        with self._ready(images, run) as (engine, image):
             measures = engine.measures() if run.options.measure else None
-            logits, properties = self._logits(engine, data, properties, run, measures)
+            logits = self._logits(engine, image, run, measures)
             uncertainty = None
             if measures is not None:
-                uncertainty = engine.uncertainty(measures, logits, properties)
+                uncertainty = engine.uncertainty(measures, logits, image.properties)
                 run.clock.lap("measure")
             run.check()
-            return engine.segmentation(logits, properties), uncertainty
+            return engine.segmentation(logits, image.properties), image, uncertainty
 
-    def _logits(
-        self,
-        engine: Engine,
-        data: np.ndarray[Any, Any],
-        properties: dict[str, Any],
-        run: _Run,
-        measures: Measures | None,
-    ) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Return the network's output, and what is needed to go back to the image's grid."""
-        run.clock.lap("load")
-        run.check()
-        prepared, properties = engine.preprocess(data, properties)
-        run.clock.lap("preprocess")
+    @contextmanager
+    def _ready(self, images: Sequence[Path], run: _Run) -> Iterator[tuple[Engine, PreparedImage]]:
+        """Hold the device with its network, and the case as the network takes it."""
+        key = image_key(images, run.options.rules, self.folder)
+        kept = self._images.get(key)
+        make = self._read(images, run) if kept is None else lambda _: kept
+        run.clock.lap("read")
+        with self._cache.engine(self.folder, run.folds, run.device) as engine:
+            run.clock.lap("load")
+            run.check()
+            image = self._images.get_or_make(key, partial(make, engine))
+            del make  # what was read is large
+            run.grid = image.grid
+            run.clock.lap("preprocess")
+            yield engine, image
+
+    def _read(self, images: Sequence[Path], run: _Run) -> Callable[[Engine], PreparedImage]:
+        """Read a case, and return what makes it ready for the network."""
+        volumes = read_channels(images, self.folder.channels)
+        run.grid = volumes[0].grid
+        reader = self.folder.plans_manager.image_reader_writer_class()
+        return partial(_prepare, *read_as_nnunet(images, volumes, reader, run.options.rules), run.grid)
+
+    def _logits(self, engine: Engine, image: PreparedImage, run: _Run, measures: Measures | None) -> torch.Tensor:
+        """Return the network's output."""
         profile = run.options.profile
         logits = engine.logits(
-            prepared,
+            image.data,
             mirroring=profile.mirroring,
             step=profile.step,
             progress=run.progress,
@@ -254,15 +258,15 @@ class NNUNetPredictor:
             measures=measures,
         )
         run.clock.lap("network")
-        return logits, properties
+        return logits
 
-    def _publish(self, array_xyz: np.ndarray[Any, Any], reference: Volume) -> Volume:
-        if array_xyz.shape != reference.grid.shape_xyz:
+    def _publish(self, array_xyz: Array, grid: Grid) -> Volume:
+        if array_xyz.shape != grid.shape_xyz:
             raise GeometryError(
-                f"The segmentation has {array_xyz.shape} voxels, the image {reference.grid.shape_xyz}; nothing is "
+                f"The segmentation has {array_xyz.shape} voxels, the image {grid.shape_xyz}; nothing is "
                 "returned rather than a shifted mask. Please report this image's header."
             )
-        return Volume(self.folder.labels.publish(array_xyz), reference.grid)
+        return Volume(self.folder.labels.publish(array_xyz), grid)
 
     def _provenance(self, run: _Run) -> dict[str, Any]:
         rules = run.options.rules
@@ -301,6 +305,12 @@ class _Run:
     progress: Progress | None
     check: Check
     clock: _Clock = field(default_factory=_Clock)
+    grid: Grid | None = None
+
+
+def _prepare(data: Array, properties: dict[str, Any], grid: Grid, engine: Engine) -> PreparedImage:
+    prepared, properties = engine.preprocess(data, properties)
+    return PreparedImage(prepared, properties, grid)
 
 
 def _never() -> None:
@@ -308,7 +318,7 @@ def _never() -> None:
 
 
 @contextmanager
-def _told_errors(device: torch.device, image: Volume) -> Iterator[None]:
+def _told_errors(run: _Run) -> Iterator[None]:
     """Turn what nnU-Net and torch raise into errors with a sentence."""
     try:
         yield
@@ -316,7 +326,7 @@ def _told_errors(device: torch.device, image: Volume) -> Iterator[None]:
         raise
     except torch.OutOfMemoryError as error:
         raise PredictionError(
-            f"{device} ran out of memory on an image of {image.grid.shape_xyz} voxels. "
+            f"{run.device} ran out of memory on an image of {run.grid.shape_xyz if run.grid else 'unknown'} voxels. "
             "Choose profile fast, another device, or a smaller image."
         ) from error
     except Exception as error:

@@ -12,7 +12,7 @@ import numpy as np
 
 from mshub.card_tables import AS_STORED, InputRules
 from mshub.errors import CaseError, ChannelError
-from mshub.geometry import Array, Volume, check_channels
+from mshub.geometry import Array, Grid, Volume, check_channels
 from mshub.volume_io import read_volume, write_nifti
 
 
@@ -97,7 +97,7 @@ def read_label_as_nnunet(label: Volume, reader: Any, orientation: str | None = N
 
 
 def to_input_axes(
-    segmentation: Array, properties: dict[str, Any], reader: Any, image: Volume, orientation: str | None = None
+    segmentation: Array, properties: dict[str, Any], reader: Any, grid: Grid, orientation: str | None = None
 ) -> Array:
     """Return nnU-Net's segmentation in the index order of the input file.
 
@@ -110,8 +110,8 @@ def to_input_axes(
     properties : dict
         nnU-Net's, of the case.
     reader : nnunetv2 BaseReaderWriter
-    image : Volume
-        The input.
+    grid : Grid
+        Of the input.
     orientation : str, optional
         What the image was turned to before.
 
@@ -131,7 +131,8 @@ def to_input_axes(
         array_xyz: Array = np.array(nib.load(path).dataobj)
     if orientation is None:
         return array_xyz
-    return Volume(array_xyz, image.turned(orientation).grid).turned(image.grid.orientation).array_xyz
+    turned = Volume(np.broadcast_to(np.uint8(0), grid.shape_xyz), grid).turned(orientation).grid
+    return Volume(array_xyz, turned).turned(grid.orientation).array_xyz
 
 
 def _readable_path(path: Path, volume: Volume, reader: Any, orientation: str | None, scratch: Path) -> Path:

@@ -25,6 +25,7 @@ from mshub.errors import CaseError, LabelError
 from mshub.geometry import Volume
 from mshub.nnunet.devices import available_devices
 from mshub.nnunet.folder import ModelFolder
+from mshub.nnunet.image_cache import ImageCache
 from mshub.nnunet.network_cache import NetworkCache
 from mshub.nnunet.predictor import PROFILES, NNUNetPredictor, Prediction, PredictOptions
 from mshub.nnunet.sliding_window import Check
@@ -48,10 +49,17 @@ class NNUNetInferTask(InferTask):  # type: ignore[misc]
     """
 
     def __init__(
-        self, model_id: str, store: ModelStore, cache: NetworkCache, config: Config, activity: Activity
+        self,
+        model_id: str,
+        store: ModelStore,
+        cache: NetworkCache,
+        config: Config,
+        activity: Activity,
+        images: ImageCache | None = None,
     ) -> None:
         self.model_id = model_id
         self._store, self._cache, self._config_options, self._activity = store, cache, config, activity
+        self._prepared = images
         self._opened: tuple[Path, NNUNetPredictor] | None = None
         self._opening = threading.Lock()
         super().__init__(InferType.SEGMENTATION, labels={}, dimension=3, description="")
@@ -136,7 +144,7 @@ class NNUNetInferTask(InferTask):  # type: ignore[misc]
                 if self._opened is not None:
                     self._cache.forget(self._opened[0])
                 folder = ModelFolder.open(version.model_path)
-                self._opened = (version.model_path, NNUNetPredictor(folder, self._cache))
+                self._opened = (version.model_path, NNUNetPredictor(folder, self._cache, self._prepared))
             return self._opened[1]
 
     def _options(self, request: dict[str, Any], version: ModelVersion) -> PredictOptions:
