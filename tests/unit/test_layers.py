@@ -32,7 +32,8 @@ LIBRARY_LAYERS = (
     *("nnunet.kernels", "nnunet.half_precision", "nnunet.window_kernels", "nnunet.export_kernels"),
     *("nnunet.device_export", "nnunet.export"),
     *("nnunet.devices", "nnunet.measures", "nnunet.sliding_window"),
-    *("nnunet.resampling", "nnunet.preprocessing", "nnunet.engine", "nnunet.network_cache", "nnunet.reading"),
+    *("nnunet.openvino_network", "nnunet.resampling", "nnunet.preprocessing", "nnunet.engine"),
+    *("nnunet.network_cache", "nnunet.reading"),
     *("nnunet.image_cache", "nnunet.predictor"),
     *("nnunet.model_writing", "nnunet.v1_files", "nnunet.v1_network", "nnunet.v1_plans"),
     *("nnunet.v1_conversion", "nnunet.trusted", "nnunet.planning", "nnunet.training_set", "nnunet.trainer"),
@@ -41,7 +42,7 @@ LIBRARY_LAYERS = (
 APP_LAYERS = (
     *("lib.faults", "lib.conf", "lib.activity", "lib.digests", "lib.reviews", "lib.datastore"),
     *("lib.pacs_client", "lib.pacs_images", "lib.pacs_labels", "lib.pacs", "lib.exports"),
-    *("lib.infers", "lib.trainers", "lib.activelearning", "lib.app", "lib.server", "main"),
+    *("lib.infers", "lib.trainers", "lib.activelearning", "lib.warm_up", "lib.app", "lib.server", "main"),
 )
 PACKAGES = ("mshub", "mshub.nnunet", "mshub.report")  # hold modules, and no code of their own
 TORCH = {"torch", "numba", "nnunetv2", "dynamic_network_architectures", "batchgenerators", "acvl_utils"}

@@ -9,6 +9,9 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import SimpleITK as sitk  # noqa: N813 -- the name its own documentation uses
+from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from mshub.card_tables import AS_STORED, InputRules
 from mshub.errors import CaseError, ChannelError
@@ -49,7 +52,8 @@ def read_as_nnunet(
     """Read the channels of one case with the reader of a model's plans.
 
     The file itself goes to nnU-Net's reader where that can read it, so that rounding of the spacing is nnU-Net's own;
-    other formats, and images that have to be turned, pass through a NIfTI file on the same grid.
+    other formats, and images that have to be turned, pass through a NIfTI file on the same grid. Whole numbers are the
+    same whoever reads them: they are not read a second time by nnU-Net's default reader, which sees the header only.
 
     Parameters
     ----------
@@ -75,7 +79,10 @@ def read_as_nnunet(
             for index, (path, volume) in enumerate(zip(images, volumes, strict=True))
         ]
         try:
-            data, properties = reader.read_images(paths)
+            if type(reader) is SimpleITKIO and all(volume.array_xyz.dtype.kind in "iu" for volume in volumes):
+                data, properties = _with_headers_of(paths, volumes)
+            else:
+                data, properties = reader.read_images(paths)
         except Exception as error:
             raise CaseError(
                 f"{images[0].name}: nnU-Net's reader {type(reader).__name__} cannot read it ({error}). Save it "
@@ -84,6 +91,19 @@ def read_as_nnunet(
     if rules.clip is not None:
         np.clip(data, *rules.clip, out=data)
     return data, properties
+
+
+def _with_headers_of(paths: Sequence[str], volumes: Sequence[Volume]) -> tuple[Array, dict[str, Any]]:
+    """Return what `SimpleITKIO.read_images` does, with voxels that were read before."""
+    x, y, z = volumes[0].array_xyz.shape
+    data = np.empty((len(volumes), z, y, x), np.float32)
+    for channel, volume in zip(data, volumes, strict=True):
+        channel[:] = volume.array_xyz.transpose()
+    header = sitk.ImageFileReader()
+    header.SetFileName(paths[0])
+    header.ReadImageInformation()
+    geometry = {"spacing": header.GetSpacing(), "origin": header.GetOrigin(), "direction": header.GetDirection()}
+    return data, {"sitk_stuff": geometry, "spacing": [abs(edge) for edge in reversed(header.GetSpacing())]}
 
 
 def read_label_as_nnunet(label: Volume, reader: Any, orientation: str | None = None) -> Array:
@@ -101,7 +121,7 @@ def to_input_axes(
 ) -> Array:
     """Return nnU-Net's segmentation in the index order of the input file.
 
-    The reader's own writer undoes whatever reorientation it did when reading.
+    The reader's own writer undoes whatever reorientation it did when reading; the plain ones did none.
 
     Parameters
     ----------
@@ -125,14 +145,22 @@ def to_input_axes(
     GeometryError
         The reader is at fault and the image was turned.
     """
-    with tempfile.TemporaryDirectory(prefix="mshub-") as scratch:
-        path = Path(scratch) / "segmentation.nii"
-        reader.write_seg(segmentation, str(path), properties)
-        array_xyz: Array = np.array(nib.load(path).dataobj)
+    if type(reader) in (SimpleITKIO, NibabelIO):
+        array_xyz: Array = segmentation.transpose()
+    else:
+        array_xyz = _as_written(segmentation, properties, reader)
     if orientation is None:
         return array_xyz
     turned = Volume(np.broadcast_to(np.uint8(0), grid.shape_xyz), grid).turned(orientation).grid
     return Volume(array_xyz, turned).turned(grid.orientation).array_xyz
+
+
+def _as_written(segmentation: Array, properties: dict[str, Any], reader: Any) -> Array:
+    with tempfile.TemporaryDirectory(prefix="mshub-") as scratch:
+        path = Path(scratch) / "segmentation.nii"
+        reader.write_seg(segmentation, str(path), properties)
+        array_xyz: Array = np.array(nib.load(path).dataobj)
+    return array_xyz
 
 
 def _readable_path(path: Path, volume: Volume, reader: Any, orientation: str | None, scratch: Path) -> Path:
