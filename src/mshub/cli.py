@@ -183,11 +183,39 @@ def fetch(model_id: ModelId) -> None:
 
 @app.command()
 def verify(
-    model_id: ModelId, version: Annotated[str | None, typer.Option(help="Default: the current one.")] = None
+    model_id: ModelId,
+    version: Annotated[str | None, typer.Option(help="Default: the current one.")] = None,
+    bench: Annotated[
+        list[Path],
+        typer.Option(
+            metavar="IMAGE",
+            help="Measure what each profile costs and gives on this image; once per channel, in the model's order.",
+        ),
+    ] = [],  # noqa: B006 -- typer's way to have none by default
+    device: Annotated[str, typer.Option(help="Of --bench: auto, cpu, cuda, cuda:1...")] = "auto",
 ) -> None:
-    """Compare an installed model with the checksums recorded when it was installed."""
+    """Compare an installed model with the checksums recorded when it was installed; measure its profiles."""
     checked = ModelStore().verify(model_id, version)
     out.print(f"{checked.model_id} {checked.version}: all {len(checked.record['files'])} files are as installed.")
+    if bench:
+        _report_profiles(checked, bench, device)
+
+
+def _report_profiles(version: ModelVersion, images: list[Path], device: str) -> None:
+    from mshub.nnunet.folder import ModelFolder
+    from mshub.nnunet.network_cache import NetworkCache
+    from mshub.nnunet.predictor import PROFILES, NNUNetPredictor, PredictOptions
+    from mshub.nnunet.profile_figures import profile_figures
+
+    options = PredictOptions(device=device, rules=version.card.input_rules)
+    predictor = NNUNetPredictor(ModelFolder.open(version.model_path), NetworkCache())
+    table = Table("profile", "seconds", "memory, MB", "Dice with accurate", "lowest")
+    with err.status(f"measuring {', '.join(PROFILES)} ..."):
+        for figures in profile_figures(predictor, images, options):
+            mean = "" if figures.mean_dice is None else f"{figures.mean_dice:.4f}"
+            lowest = "" if figures.worst is None else f"{escape(figures.worst[0])} {figures.worst[1]:.4f}"
+            table.add_row(figures.profile, f"{figures.seconds:.1f}", f"{figures.memory_mb:.0f}", mean, lowest)
+    out.print(table)
 
 
 @app.command()

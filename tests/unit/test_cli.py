@@ -228,6 +228,26 @@ def test_verify_names_a_changed_file(run: Run, installed: ModelStore) -> None:
     assert "plans.json" in result.err
 
 
+def test_verify_measures_what_each_profile_costs_and_gives(run: Run, installed: ModelStore, case: Path) -> None:
+    result = run("verify", "tiny", "--bench", case, "--device", "cpu")
+    assert result.code == 0
+    rows = {line.split("│")[1].strip(): line.split("│")[2:6] for line in result.out.splitlines() if "│" in line}
+    assert list(rows) == list(PROFILES)
+    for seconds, memory, mean, lowest in rows.values():
+        assert float(seconds) >= 0
+        assert float(memory) >= 0
+        assert 0 < float(mean) <= 1
+        assert lowest.split()[0] in {"liver", "spleen"}
+    assert float(rows["accurate"][2]) == 1
+    assert min(float(row[2]) for row in rows.values()) < 1, "an untrained network differs with every profile"
+
+
+def test_verify_refuses_an_image_it_cannot_measure_with(run: Run, installed: ModelStore, tmp_path: Path) -> None:
+    result = run("verify", "tiny", "--bench", tmp_path / "missing.nii.gz")
+    assert result.code == 1
+    assert "no such file" in result.err
+
+
 def test_versions_are_promoted_and_rolled_back(
     run: Run, installed: ModelStore, liver_spleen: Path, tmp_path: Path
 ) -> None:

@@ -34,7 +34,7 @@ LIBRARY_LAYERS = (
     *("nnunet.devices", "nnunet.measures", "nnunet.sliding_window"),
     *("nnunet.openvino_network", "nnunet.resampling", "nnunet.preprocessing", "nnunet.engine"),
     *("nnunet.network_cache", "nnunet.reading"),
-    *("nnunet.image_cache", "nnunet.predictor"),
+    *("nnunet.image_cache", "nnunet.predictor", "nnunet.profile_figures"),
     *("nnunet.model_writing", "nnunet.v1_files", "nnunet.v1_network", "nnunet.v1_plans"),
     *("nnunet.v1_conversion", "nnunet.trusted", "nnunet.planning", "nnunet.training_set", "nnunet.trainer"),
     *("evaluation", "bundled", "install", "round_report", "rounds", "worker", "serve", "console", "cli", "__main__"),
