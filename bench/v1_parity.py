@@ -62,10 +62,10 @@ class SteppedCache(NetworkCache):
         super().__init__()
         self.window, self.preprocessor = STEPS[step]
 
-    def engine(self, folder: ModelFolder, folds: tuple[str, ...], device: torch.device) -> Any:
+    def engine(self, folder: ModelFolder, folds: tuple[str, ...], *devices: torch.device) -> Any:
         """Return an engine with the step's sliding window and preprocessing."""
         engine_module.ProbabilityWindow, engine_module.preprocessor_of = self.window, self.preprocessor
-        return super().engine(folder, folds, device)
+        return super().engine(folder, folds, *devices)
 
 
 def mean_dice(one: np.ndarray, two: np.ndarray) -> float:

@@ -20,7 +20,7 @@ from mshub.errors import CaseError, ChannelError, GeometryError, ModelFolderErro
 from mshub.geometry import Volume, same_grid
 from mshub.nnunet import engine as engine_module
 from mshub.nnunet import network_cache as network_cache_module
-from mshub.nnunet.devices import available_devices, resolve_device
+from mshub.nnunet.devices import available_devices, candidate_devices, resolve_device
 from mshub.nnunet.engine import Engine
 from mshub.nnunet.folder import ModelFolder
 from mshub.nnunet.network_cache import NetworkCache
@@ -457,8 +457,8 @@ def test_a_device_computes_one_case_at_a_time(
 class FakeEngine:
     nbytes = 1
 
-    def __init__(self, *_: object) -> None:
-        pass
+    def __init__(self, folder: ModelFolder, folds: tuple[str, ...], device: torch.device) -> None:
+        self.device = device
 
 
 @pytest.fixture
@@ -477,6 +477,64 @@ def test_two_devices_compute_at_once(three_folders: list[ModelFolder]) -> None:
             together.wait(10)
 
     run_together(lambda: work("cpu"), lambda: work("cuda:0"))
+
+
+@pytest.mark.usefixtures("fake_engines")
+def test_requests_for_any_of_several_devices_go_where_the_fewest_wait(three_folders: list[ModelFolder]) -> None:
+    cache, together = NetworkCache(), threading.Barrier(3)
+    gpus = [torch.device("cuda", index) for index in range(3)]
+
+    def work() -> None:
+        with cache.engine(three_folders[0], ("0",), *gpus):
+            together.wait(10)
+
+    run_together(work, work, work)
+    used = []
+    for folder in (three_folders[1], three_folders[0]):
+        with cache.engine(folder, ("0",), *gpus[:2]) as first, cache.engine(folder, ("0",), *gpus[:2]) as second:
+            used += [first.device, second.device]
+    assert used == [*gpus[:2], *gpus[:2]]
+
+
+@pytest.mark.usefixtures("fake_engines")
+def test_of_idle_devices_the_one_with_the_network_is_taken(three_folders: list[ModelFolder]) -> None:
+    cache, gpus = NetworkCache(), [torch.device("cuda", index) for index in range(2)]
+    load(cache, three_folders[0], gpus[1])
+    with cache.engine(three_folders[0], ("0",), *gpus) as engine:
+        assert engine.device == gpus[1]
+    with cache.engine(three_folders[1], ("0",), *gpus) as engine:
+        assert engine.device == gpus[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "expected"),
+    [
+        ("auto", 2, ["cuda:0", "cuda:1"]),
+        ("", 2, ["cuda:0", "cuda:1"]),
+        ("cuda", 2, ["cuda:0", "cuda:1"]),
+        ("cuda:1", 2, ["cuda:1"]),
+        ("cuda:7", 2, ["cuda:0"]),
+        ("cpu", 2, ["cpu"]),
+        ("auto", 0, ["cpu"]),
+        ("cuda:1", 0, ["cpu"]),
+    ],
+)
+def test_a_request_that_names_no_gpu_may_run_on_any(
+    name: str, gpus: int, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert [str(device) for device in candidate_devices(name)] == expected
+
+
+def test_a_warm_predictor_loads_nothing_when_it_is_asked(
+    liver_spleen: Path, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictor = NNUNetPredictor(ModelFolder.open(liver_spleen), NetworkCache())
+    expected = predict(liver_spleen, image).labels.array_xyz
+    predictor.warm(FAST)
+    monkeypatch.setattr(network_cache_module, "Engine", raising(AssertionError("loaded again")))
+    np.testing.assert_array_equal(predictor.predict([image], FAST).labels.array_xyz, expected)
 
 
 @pytest.mark.usefixtures("fake_engines")

@@ -32,6 +32,7 @@ from lib.infers import NNUNetInferTask
 from lib.pacs import PacsStudies
 from lib.pacs_client import PacsClient
 from lib.trainers import NNUNetTrainTask, Trainings, studies_of
+from lib.warm_up import WarmUp
 from mshub.errors import MSHubError
 from mshub.jobs import Jobs
 from mshub.label_export import FORMATS
@@ -73,6 +74,7 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
             self.store.home / "cases" / f"{_short_hash(_full(studies))}.sqlite", self.store, self.config
         )
         self._infers: dict[str, NNUNetInferTask] = {}
+        self._warm_up = WarmUp(lambda: list(self._infers.values()), self.cache)
         self._trainers: dict[str, NNUNetTrainTask] = {}
         os.environ.setdefault("PYTHONPATH", app_dir)  # MONAI Label's background tasks read it without a default
         super().__init__(
@@ -152,15 +154,17 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
             "models": {model: self.store.current(model).version for model in self._served()},
             "loaded": [str(Path(path).relative_to(self.store.home)) for path in self.cache.loaded()],
             "training": self.trainings.opened(),
+            "warming_up": self._warm_up.doing,
             "spare_time": self.active_learning.doing(),
             **self.activity.as_dict(),
         }
 
     def on_init_complete(self) -> None:
-        """Take up trainings that broke off, and start MONAI Label's clean-up of sessions without its chatter.
+        """Make models ready, take up trainings that broke off, and start MONAI Label's clean-up without its chatter.
 
         MONAI Label calls this in the server's process once it starts, never in its processes for single tasks.
         """
+        self._warm_up.start()
         if settings.MONAI_LABEL_TASKS_TRAIN:
             self._resume_trainings()
         logging.getLogger("timeloop").disabled = True

@@ -27,6 +27,20 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda", 0)
 
 
+def candidate_devices(name: str) -> tuple[torch.device, ...]:
+    """Return the devices that may serve a request for `name`: every GPU where it names none by number.
+
+    Raises
+    ------
+    CaseError
+        `name` is no device name.
+    """
+    device = resolve_device(name)
+    if device.type != "cuda" or name.strip().partition(":")[2].isdigit():
+        return (device,)
+    return tuple(torch.device("cuda", index) for index in range(torch.cuda.device_count()))
+
+
 def available_devices() -> list[str]:
     """Return the names of the devices predictions can run on, the preferred one first."""
     cuda = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []

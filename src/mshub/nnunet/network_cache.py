@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,25 +25,11 @@ from mshub.nnunet.folder import ModelFolder
 logger = logging.getLogger(__name__)
 
 
-class _DeviceLease:
-    """Context manager: the device is held while the block runs, and its engine is loaded and ready."""
-
-    def __init__(self, lock: threading.Lock, load: Callable[[], Engine]) -> None:
-        self._lock, self._load = lock, load
-
-    def __enter__(self) -> Engine:
-        self._lock.acquire()
-        try:
-            return self._load()
-        except BaseException:
-            self._lock.release()
-            raise
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-
-
 _EngineKey = tuple[str, tuple[str, ...], str]
+
+
+def _key(folder: ModelFolder, folds: tuple[str, ...], device: torch.device) -> _EngineKey:
+    return str(folder.path), folds, str(device)
 
 
 class NetworkCache:
@@ -58,15 +46,35 @@ class NetworkCache:
         self._engines: dict[_EngineKey, Engine] = {}
         self._lock = threading.Lock()
         self._device_locks: dict[str, threading.Lock] = {}
+        self._queues: Counter[str] = Counter()
         self._forgotten: dict[str, int] = {}
 
-    def engine(self, folder: ModelFolder, folds: tuple[str, ...], device: torch.device) -> _DeviceLease:
-        """Wait for `device`, then hold it with the engine of `folder` loaded, until the ``with`` block ends."""
+    @contextmanager
+    def engine(self, folder: ModelFolder, folds: tuple[str, ...], *devices: torch.device) -> Iterator[Engine]:
+        """Wait for one of `devices`, then hold it with the engine of `folder` loaded, until the ``with`` block ends.
+
+        It is the one that the fewest wait for; among equals one that has the network already, or else the first.
+        """
+        device, forgotten = self._queue_up(folder, folds, devices)
+        try:
+            with self._device_locks[str(device)]:
+                yield self._get(_key(folder, folds, device), folder, folds, device, forgotten)
+        finally:
+            with self._lock:
+                self._queues[str(device)] -= 1
+
+    def _queue_up(
+        self, folder: ModelFolder, folds: tuple[str, ...], devices: tuple[torch.device, ...]
+    ) -> tuple[torch.device, int]:
+        """Return the device to wait for, and how often the folder was given up so far."""
         with self._lock:
-            lock = self._device_locks.setdefault(str(device), threading.Lock())
-            forgotten = self._forgotten.get(str(folder.path), 0)
-        key = (str(folder.path), folds, str(device))
-        return _DeviceLease(lock, lambda: self._get(key, folder, folds, device, forgotten))
+            device = min(
+                devices,
+                key=lambda device: (self._queues[str(device)], _key(folder, folds, device) not in self._engines),
+            )
+            self._device_locks.setdefault(str(device), threading.Lock())
+            self._queues[str(device)] += 1
+            return device, self._forgotten.get(str(folder.path), 0)
 
     def _get(
         self, key: _EngineKey, folder: ModelFolder, folds: tuple[str, ...], device: torch.device, forgotten: int
@@ -82,6 +90,12 @@ class NetworkCache:
             self._engines[key] = engine  # re-inserted last: a dict keeps insertion order, oldest first
             self._evict(keep=key)
         return engine
+
+    def free_bytes(self) -> int:
+        """Return how much of the budget is left; negative where the network in use is larger."""
+        with self._lock:
+            used: int = sum(engine.nbytes for engine in self._engines.values())
+        return self._max_bytes - used
 
     def _evict(self, keep: _EngineKey) -> None:
         used = sum(engine.nbytes for engine in self._engines.values())

@@ -17,7 +17,7 @@ import torch
 from mshub.card_tables import AS_STORED, InputRules
 from mshub.errors import GeometryError, MSHubError, PredictionError
 from mshub.geometry import Array, Grid, Volume
-from mshub.nnunet.devices import resolve_device
+from mshub.nnunet.devices import candidate_devices
 from mshub.nnunet.engine import Engine
 from mshub.nnunet.folder import ModelFolder
 from mshub.nnunet.image_cache import ImageCache, PreparedImage, image_key
@@ -199,9 +199,18 @@ class NNUNetPredictor:
             measures = engine.measures()
             return engine.uncertainty(measures, self._logits(engine, image, run, measures), image.properties)
 
+    def warm(self, options: PredictOptions = PredictOptions()) -> None:
+        """Load the network and run it on one tile, so that the next request finds everything ready.
+
+        Parameters and errors are those of `predict`.
+        """
+        run = self._run(options, None, None)
+        with _told_errors(run), self._cache.engine(self.folder, run.folds, *run.devices) as engine:
+            engine.warm()
+
     def _run(self, options: PredictOptions, progress: Progress | None, check: Check | None) -> _Run:
         folds = self._check_folds(options.folds)
-        return _Run(folds, options, resolve_device(options.device), progress, check or _never)
+        return _Run(folds, options, candidate_devices(options.device), progress, check or _never)
 
     def _check_folds(self, wanted: tuple[str, ...]) -> tuple[str, ...]:
         unknown = [fold for fold in wanted if fold not in self.folder.folds]
@@ -230,7 +239,8 @@ class NNUNetPredictor:
         kept = self._images.get(key)
         make = self._read(images, run) if kept is None else lambda _: kept
         run.clock.lap("read")
-        with self._cache.engine(self.folder, run.folds, run.device) as engine:
+        with self._cache.engine(self.folder, run.folds, *run.devices) as engine:
+            run.device = engine.device
             run.clock.lap("load")
             run.check()
             image = self._images.get_or_make(key, partial(make, engine))
@@ -301,10 +311,11 @@ class _Run:
 
     folds: tuple[str, ...]
     options: PredictOptions
-    device: torch.device
+    devices: tuple[torch.device, ...]
     progress: Progress | None
     check: Check
     clock: _Clock = field(default_factory=_Clock)
+    device: torch.device | None = None
     grid: Grid | None = None
 
 
@@ -325,8 +336,9 @@ def _told_errors(run: _Run) -> Iterator[None]:
     except MSHubError:
         raise
     except torch.OutOfMemoryError as error:
+        size = f"an image of {run.grid.shape_xyz} voxels" if run.grid else "this image"
         raise PredictionError(
-            f"{run.device} ran out of memory on an image of {run.grid.shape_xyz if run.grid else 'unknown'} voxels. "
+            f"{run.device or 'The device'} ran out of memory on {size}. "
             "Choose profile fast, another device, or a smaller image."
         ) from error
     except Exception as error:

@@ -129,6 +129,11 @@ class NNUNetInferTask(InferTask):  # type: ignore[misc]
             prediction.seconds["write"] = time.perf_counter() - started
         return str(path), {**_result_params(prediction, kept, version), **facts}
 
+    def warm(self) -> None:
+        """Load the current version's network where it serves by default, and run it once."""
+        version = self._store.current(self.model_id)
+        self._predictor(version).warm(self._options({}, version))
+
     def predict(self, version: ModelVersion, images: list[Path], check: Check) -> Prediction:
         """Segment a case nobody waits for, as the server does by default, and measure how sure the network is."""
         return self._predictor(version).predict(images, self._options({}, version), None, check)
