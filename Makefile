@@ -15,7 +15,7 @@ comma := ,
 export UV_FIND_LINKS ?= $(subst $(empty) $(empty),$(comma),$(strip $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))))
 export MSHUB_HOME ?= $(CURDIR)/.mshub
 
-.PHONY: help serve viewer pacs-tools demo-ohif e2e test check format table samples v1-venv v1-golden lock clean
+.PHONY: help serve openvino viewer pacs-tools demo-ohif e2e test check format table bench samples v1-venv v1-golden lock clean
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
@@ -36,6 +36,9 @@ $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 
 serve: $(VENV)/.installed  ## install and start the server on the sample data (STUDIES=DIR: on your own)
 	$(BIN)/mshub serve $(if $(STUDIES),--studies "$(STUDIES)",--sample) --host $(HOST) --port $(PORT)
+
+openvino: $(VENV)/.installed  ## install OpenVINO: predictions on a CPU take less time
+	$(UV) --constraints requirements.txt --editable '.[openvino]'
 
 viewer: $(VENV)/.installed  ## install OHIF for the server's /viewer/ (fetched with npm)
 	PYTHONPATH=apps/mshub $(BIN)/python demo/install_viewer.py
@@ -65,6 +68,9 @@ format: $(VENV)/.installed-dev  ## let ruff format and fix what it can
 
 table: $(VENV)/.installed  ## write the model table of README.md from the cards
 	$(BIN)/python bench/model_table.py
+
+bench: $(VENV)/.installed  ## measure MSHub beside nnU-Net: hours; writes docs/performance.md (ARGS=--quick: minutes)
+	$(BIN)/python bench/speed.py --server $(ARGS)
 
 samples: $(VENV)/.installed  ## rebuild sample-data/ (phantoms only; bench/train_starter.py trains the model)
 	$(BIN)/python sample-data/generate.py

@@ -9,17 +9,20 @@ import pytest
 
 # Before anything imports torch: two threads that share a core with others wait for each other, one does not.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Labels are compared with nnU-Net's own, voxel for voxel; OpenVINO, which rounds otherwise, has tests of its own.
+os.environ["MSHUB_ENGINE"] = "torch"
 
 from mshub.store import ModelStore
 
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A store of its own for every test, and no ``MSHUB_*`` variable of the developer's shell."""
+    """A store of its own for every test, torch as the engine, and no ``MSHUB_*`` variable of the developer's shell."""
     for name in [name for name in os.environ if name.startswith("MSHUB_")]:
         monkeypatch.delenv(name)
     path = tmp_path / "home"
     monkeypatch.setenv("MSHUB_HOME", str(path))
+    monkeypatch.setenv("MSHUB_ENGINE", "torch")
     return path
 
 

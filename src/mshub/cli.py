@@ -52,6 +52,13 @@ _RECORDED = [
     "trusted",
 ]
 ModelId = Annotated[str, typer.Argument(metavar="ID", help="Model id; see `mshub list`.", show_default=False)]
+EngineName = Annotated[
+    str,
+    typer.Option(
+        envvar="MSHUB_ENGINE",
+        help="On a CPU: torch (as nnU-Net, to the voxel), openvino, or auto: OpenVINO if installed.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -193,22 +200,24 @@ def verify(
         ),
     ] = [],  # noqa: B006 -- typer's way to have none by default
     device: Annotated[str, typer.Option(help="Of --bench: auto, cpu, cuda, cuda:1...")] = "auto",
+    engine: EngineName = "auto",
 ) -> None:
     """Compare an installed model with the checksums recorded when it was installed; measure its profiles."""
     checked = ModelStore().verify(model_id, version)
     out.print(f"{checked.model_id} {checked.version}: all {len(checked.record['files'])} files are as installed.")
     if bench:
-        _report_profiles(checked, bench, device)
+        _report_profiles(checked, bench, device, _runtime(engine))
 
 
-def _report_profiles(version: ModelVersion, images: list[Path], device: str) -> None:
+def _report_profiles(version: ModelVersion, images: list[Path], device: str, runtime: str) -> None:
     from mshub.nnunet.folder import ModelFolder
     from mshub.nnunet.network_cache import NetworkCache
     from mshub.nnunet.predictor import PROFILES, NNUNetPredictor, PredictOptions
     from mshub.nnunet.profile_figures import profile_figures
 
-    options = PredictOptions(device=device, rules=version.card.input_rules)
-    predictor = NNUNetPredictor(ModelFolder.open(version.model_path), NetworkCache())
+    options = PredictOptions(device=device, rules=version.card.input_rules, runtime=runtime)
+    cache = NetworkCache(kept=ModelStore().home / "openvino")
+    predictor = NNUNetPredictor(ModelFolder.open(version.model_path), cache)
     table = Table("profile", "seconds", "memory, MB", "Dice with accurate", "lowest")
     with err.status(f"measuring {', '.join(PROFILES)} ..."):
         for figures in profile_figures(predictor, images, options):
@@ -288,6 +297,7 @@ def predict(
         str, typer.Option(help="accurate (nnU-Net's own settings) or fast (no mirroring).")
     ] = "accurate",
     folds: Annotated[str, typer.Option(help="Comma-separated; default: all the model has.")] = "",
+    engine: EngineName = "auto",
 ) -> None:
     """Segment one case and write the label on the image's own grid."""
     from mshub.nnunet.folder import ModelFolder
@@ -297,7 +307,8 @@ def predict(
 
     if profile not in PROFILES:
         raise ConfigError(f"The profile {profile!r} is unknown: expected one of {', '.join(PROFILES)}.")
-    version = ModelStore().current(model_id)
+    store = ModelStore()
+    version = store.current(model_id)
     target = _label_path(output, images, format)
     stack = _dicom_series(images[0]) if format else None
     options = PredictOptions(
@@ -305,10 +316,11 @@ def predict(
         tuple(fold.strip() for fold in folds.split(",") if fold.strip()),
         device,
         version.card.input_rules,
+        _runtime(engine),
     )
     with tile_progress() as progress:
         task = progress.add_task(f"{model_id} {version.version}", total=None)
-        predictor = NNUNetPredictor(ModelFolder.open(version.model_path), NetworkCache())
+        predictor = NNUNetPredictor(ModelFolder.open(version.model_path), NetworkCache(kept=store.home / "openvino"))
         prediction = predictor.predict(
             images, options, lambda done, total: progress.update(task, completed=done, total=total)
         )
@@ -322,6 +334,14 @@ def predict(
         facts = Facts.of_model(Algorithm(model_id, version.version), overrides=version.card.structures)
         export_labels(target, format, labels.array_xyz, prediction.names, stack, facts)
     _report_prediction(prediction, target)
+
+
+def _runtime(engine: str) -> str:
+    from mshub.nnunet.engine import RUNTIMES
+
+    if engine not in RUNTIMES:
+        raise ConfigError(f"The engine {engine!r} is unknown: expected one of {', '.join(RUNTIMES)}.")
+    return engine
 
 
 def _dicom_series(image: Path) -> Any:
@@ -372,7 +392,10 @@ def _report_prediction(prediction: Any, target: Path) -> None:
         table.add_row(str(prediction.names[name]), escape(name), f"{voxels}", f"{voxels * millilitres:.1f}")
     out.print(table)
     seconds = ", ".join(f"{stage} {value:.1f} s" for stage, value in prediction.seconds.items())
-    out.print(f"{escape(str(target))}  ({seconds}; {prediction.provenance['device']})", soft_wrap=True)
+    out.print(
+        f"{escape(str(target))}  ({seconds}; {prediction.provenance['device']}, {prediction.provenance['runtime']})",
+        soft_wrap=True,
+    )
 
 
 def _determinant(affine: Any) -> Any:

@@ -193,6 +193,7 @@ def test_a_prediction_says_how_it_was_made(liver_spleen: Path, image: Path) -> N
         "trainer": "nnUNetTrainer",
         "folds": ["0"],
         "profile": "fast",
+        "runtime": "torch",
         "device": "cpu",
         "input_clip": None,
     }
@@ -457,7 +458,7 @@ def test_a_device_computes_one_case_at_a_time(
 class FakeEngine:
     nbytes = 1
 
-    def __init__(self, folder: ModelFolder, folds: tuple[str, ...], device: torch.device) -> None:
+    def __init__(self, folder: ModelFolder, folds: tuple[str, ...], device: torch.device, *_: object) -> None:
         self.device = device
 
 

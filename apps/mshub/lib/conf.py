@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mshub.errors import CaseError, ConfigError
 from mshub.nnunet.devices import resolve_device
+from mshub.nnunet.engine import RUNTIMES
 from mshub.nnunet.predictor import PROFILES
 from mshub.store import default_home
 
@@ -36,6 +37,8 @@ class Config:
         Memory for the weights of warm networks.
     images_gb : float
         Memory for images that are ready for the network, so that another request for one need not read it; 0: none.
+    engine : str
+        What runs networks on the CPU, see `mshub.nnunet.engine.RUNTIMES`: ``auto`` is OpenVINO where it is installed.
     lease_minutes : float
         How long a case that was offered to somebody is offered to nobody else.
     audit_every : int
@@ -52,6 +55,7 @@ class Config:
     profile: str = "accurate"
     cache_gb: float = 8.0
     images_gb: float = 1.0
+    engine: str = "auto"
     lease_minutes: float = 60.0
     audit_every: int = 5
     idle_minutes: float = 30.0
@@ -83,6 +87,7 @@ class Config:
             home=Path(chosen["home"]).expanduser() if chosen.get("home") else default_home(),
             models=tuple(name.strip() for name in chosen.get("models", "").split(",") if name.strip()),
             device=_device(chosen.get("device") or cls.device),
+            engine=_one_of("engine", chosen.get("engine") or cls.engine, RUNTIMES),
             profile=_one_of("profile", chosen.get("profile") or cls.profile, tuple(PROFILES)),
             cache_gb=_number("cache_gb", chosen.get("cache_gb") or cls.cache_gb, "gigabytes"),
             images_gb=_number("images_gb", chosen.get("images_gb") or cls.images_gb, "gigabytes", least=0),

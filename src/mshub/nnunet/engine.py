@@ -5,8 +5,10 @@ Nothing here is safe to call from two threads at once; `mshub.nnunet.network_cac
 
 from __future__ import annotations
 
+import logging
 import pydoc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,17 +16,21 @@ import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 
-from mshub.errors import ModelFolderError
+from mshub.errors import ModelFolderError, PredictionError
+from mshub.nnunet import openvino_network
 from mshub.nnunet.export import Export
 from mshub.nnunet.folder import ModelFolder
 from mshub.nnunet.measures import Heads, Measures
 from mshub.nnunet.postprocessing import keep_largest
-from mshub.nnunet.preprocessing import preprocessor_of
+from mshub.nnunet.preprocessing import preprocess
 from mshub.nnunet.sliding_window import Check, ProbabilityWindow, Progress, SlidingWindow
 from mshub.uncertainty import Uncertainty
 
+logger = logging.getLogger(__name__)
+
 Array = np.ndarray[Any, Any]
 
+RUNTIMES = ("auto", "torch", "openvino")
 NETWORKS = "dynamic_network_architectures."
 _NORMALISATIONS = ("instancenorm", "batchnorm", "normalization", "linear")  # of `linear`, Identity
 LAYERS = {  # what the plans may name for an argument: layers that keep the size of an image
@@ -38,14 +44,35 @@ LAYERS = {  # what the plans may name for an argument: layers that keep the size
 class Engine:
     """The networks of `folds` of one model folder, ready on `device`.
 
+    Parameters
+    ----------
+    folder : ModelFolder
+    folds : tuple of str
+    device : torch.device
+    runtime : str
+        What runs the networks: ``torch``; ``openvino``, on the CPU only; ``auto``, OpenVINO where it is installed and
+        agrees with torch.
+    kept : Path, optional
+        Where what OpenVINO made of a network is kept.
+
     Attributes
     ----------
+    device : torch.device
+    runtime : str
+        ``torch`` or ``openvino``.
     nbytes : int
         Size of the weights of all folds.
     """
 
-    def __init__(self, folder: ModelFolder, folds: tuple[str, ...], device: torch.device) -> None:
-        self._folder = folder
+    def __init__(
+        self,
+        folder: ModelFolder,
+        folds: tuple[str, ...],
+        device: torch.device,
+        runtime: str = "torch",
+        kept: Path | None = None,
+    ) -> None:
+        self._folder, self.device = folder, device
         self._plans, self._configuration = folder.plans_manager, folder.configuration_manager
         parameters = [folder.checkpoint(fold)["network_weights"] for fold in folds]
         self._window = ProbabilityWindow(device) if folder.predicts_as_v1 else SlidingWindow(device)
@@ -60,6 +87,30 @@ class Engine:
         )
         self._export = Export(folder)
         self.nbytes = sum(tensor.nbytes for weights in parameters for tensor in weights.values())
+        self.runtime = "torch"
+        if runtime == "openvino" or (runtime == "auto" and openvino_network.is_installed()):
+            self._take_openvino(parameters, kept, is_demanded=runtime == "openvino")
+
+    def _take_openvino(self, parameters: Sequence[dict[str, Any]], kept: Path | None, *, is_demanded: bool) -> None:
+        """Let OpenVINO run the networks, if it can and the device is the CPU."""
+        if self.device.type != "cpu":
+            return
+        shape = (len(self._folder.channels), *self._configuration.patch_size)
+        has_regions = self._window.label_manager.has_regions
+        try:
+            networks = [
+                openvino_network.prepared(
+                    load_network(self._folder, weights), shape, cache=kept, has_regions=has_regions
+                )
+                for weights in parameters
+            ]
+        except PredictionError as error:
+            if is_demanded:
+                raise
+            logger.warning("torch runs %s, slower: %s", self._folder.path, error)
+            return
+        self._window.run_instead(networks)
+        self.runtime, self.nbytes = "openvino", sum(network.nbytes for network in networks)
 
     def preprocess(self, data: Array, properties: dict[str, Any]) -> tuple[Array, dict[str, Any]]:
         """Crop, normalise and resample.
@@ -77,10 +128,26 @@ class Engine:
         properties : dict
             With what `segmentation` needs to go back.
         """
-        prepared, _, properties = preprocessor_of(self._folder).run_case_npy(
-            data, None, dict(properties), self._plans, self._configuration, self._folder.dataset
+        return preprocess(self._folder, data, properties)
+
+    def warm(self) -> None:
+        """Run every stage on one small tile of noise: libraries are imported, loops compiled, memory set aside."""
+        shape = (
+            len(self._folder.channels),
+            *[max(4, edge // 4) for edge in (16, *self._configuration.patch_size)[-3:]],
         )
-        return prepared, properties
+        noise = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+        data, properties = self.preprocess(noise, {"spacing": [1.1 * edge for edge in self._spacing_zyx_mm()]})
+        measures = self.measures()
+        logits = self.logits(data, mirroring=False, step=1.0, measures=measures)
+        self.uncertainty(measures, logits, properties)
+        self.segmentation(logits, properties)
+
+    def _spacing_zyx_mm(self) -> list[float]:
+        """Return the spacing of the network's grid, in the order of the reader's axes."""
+        spacing = list(self._configuration.spacing)
+        spacing = [spacing[0]] * (3 - len(spacing)) + spacing
+        return [spacing[axis] for axis in self._plans.transpose_backward]
 
     def measures(self) -> Measures:
         """Return what `logits` can tell how sure the network is."""

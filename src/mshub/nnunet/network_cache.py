@@ -25,11 +25,11 @@ from mshub.nnunet.folder import ModelFolder
 logger = logging.getLogger(__name__)
 
 
-_EngineKey = tuple[str, tuple[str, ...], str]
+_EngineKey = tuple[str, tuple[str, ...], str, str]
 
 
-def _key(folder: ModelFolder, folds: tuple[str, ...], device: torch.device) -> _EngineKey:
-    return str(folder.path), folds, str(device)
+def _key(folder: ModelFolder, folds: tuple[str, ...], device: torch.device, runtime: str) -> _EngineKey:
+    return str(folder.path), folds, str(device), runtime
 
 
 class NetworkCache:
@@ -39,10 +39,12 @@ class NetworkCache:
     ----------
     max_bytes : int
         Budget for the weights of all cached networks; the one in use is always kept.
+    kept : Path, optional
+        See `Engine`.
     """
 
-    def __init__(self, max_bytes: int = 8 * 2**30) -> None:
-        self._max_bytes = max_bytes
+    def __init__(self, max_bytes: int = 8 * 2**30, kept: Path | None = None) -> None:
+        self._max_bytes, self._kept = max_bytes, kept
         self._engines: dict[_EngineKey, Engine] = {}
         self._lock = threading.Lock()
         self._device_locks: dict[str, threading.Lock] = {}
@@ -50,40 +52,47 @@ class NetworkCache:
         self._forgotten: dict[str, int] = {}
 
     @contextmanager
-    def engine(self, folder: ModelFolder, folds: tuple[str, ...], *devices: torch.device) -> Iterator[Engine]:
+    def engine(
+        self, folder: ModelFolder, folds: tuple[str, ...], *devices: torch.device, runtime: str = "torch"
+    ) -> Iterator[Engine]:
         """Wait for one of `devices`, then hold it with the engine of `folder` loaded, until the ``with`` block ends.
 
-        It is the one that the fewest wait for; among equals one that has the network already, or else the first.
+        It is the one that the fewest wait for; among equals one that has the network already, or else the first. What
+        runs the network, see `Engine`, is `runtime`.
         """
-        device, forgotten = self._queue_up(folder, folds, devices)
+        device, forgotten = self._queue_up(folder, folds, devices, runtime)
         try:
             with self._device_locks[str(device)]:
-                yield self._get(_key(folder, folds, device), folder, folds, device, forgotten)
+                yield self._get(folder, folds, device, runtime, forgotten)
         finally:
             with self._lock:
                 self._queues[str(device)] -= 1
 
     def _queue_up(
-        self, folder: ModelFolder, folds: tuple[str, ...], devices: tuple[torch.device, ...]
+        self, folder: ModelFolder, folds: tuple[str, ...], devices: tuple[torch.device, ...], runtime: str
     ) -> tuple[torch.device, int]:
         """Return the device to wait for, and how often the folder was given up so far."""
         with self._lock:
             device = min(
                 devices,
-                key=lambda device: (self._queues[str(device)], _key(folder, folds, device) not in self._engines),
+                key=lambda device: (
+                    self._queues[str(device)],
+                    _key(folder, folds, device, runtime) not in self._engines,
+                ),
             )
             self._device_locks.setdefault(str(device), threading.Lock())
             self._queues[str(device)] += 1
             return device, self._forgotten.get(str(folder.path), 0)
 
     def _get(
-        self, key: _EngineKey, folder: ModelFolder, folds: tuple[str, ...], device: torch.device, forgotten: int
+        self, folder: ModelFolder, folds: tuple[str, ...], device: torch.device, runtime: str, forgotten: int
     ) -> Engine:
+        key = _key(folder, folds, device, runtime)
         with self._lock:
             engine = self._engines.pop(key, None)
         if engine is None:
             logger.info("loading %s, fold %s, on %s", folder.path, ",".join(folds), device)
-            engine = Engine(folder, folds, device)
+            engine = Engine(folder, folds, device, runtime, self._kept)
         with self._lock:
             if forgotten != self._forgotten.get(key[0], 0):
                 return engine  # the folder was given up while this request waited: used once more, not kept

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -70,6 +70,9 @@ class PredictOptions:
         ``auto``, ``cpu``, ``cuda``, ``cuda:1``...
     rules : InputRules
         What is done to the image before nnU-Net sees it, as the model's card says.
+    runtime : str
+        What runs the network, one of `mshub.nnunet.engine.RUNTIMES`: ``torch`` as nnU-Net does, to the last voxel;
+        ``openvino`` faster on a CPU, and equal within a bound that was checked; ``auto``.
     measure : bool
         Measure on the way how sure the network is: `Prediction.uncertainty`.
     """
@@ -78,6 +81,7 @@ class PredictOptions:
     folds: tuple[str, ...] = ()
     device: str = "auto"
     rules: InputRules = AS_STORED
+    runtime: str = "torch"
     measure: bool = False
 
 
@@ -205,8 +209,11 @@ class NNUNetPredictor:
         Parameters and errors are those of `predict`.
         """
         run = self._run(options, None, None)
-        with _told_errors(run), self._cache.engine(self.folder, run.folds, *run.devices) as engine:
+        with _told_errors(run), self._engine(run) as engine:
             engine.warm()
+
+    def _engine(self, run: _Run) -> AbstractContextManager[Engine]:
+        return self._cache.engine(self.folder, run.folds, *run.devices, runtime=run.options.runtime)
 
     def _run(self, options: PredictOptions, progress: Progress | None, check: Check | None) -> _Run:
         folds = self._check_folds(options.folds)
@@ -239,8 +246,8 @@ class NNUNetPredictor:
         kept = self._images.get(key)
         make = self._read(images, run) if kept is None else lambda _: kept
         run.clock.lap("read")
-        with self._cache.engine(self.folder, run.folds, *run.devices) as engine:
-            run.device = engine.device
+        with self._engine(run) as engine:
+            run.device, run.runtime = engine.device, engine.runtime
             run.clock.lap("load")
             run.check()
             image = self._images.get_or_make(key, partial(make, engine))
@@ -286,6 +293,7 @@ class NNUNetPredictor:
             "folds": list(run.folds),
             "profile": run.options.profile.name,
             "device": str(run.device),
+            "runtime": run.runtime,
             "input_clip": list(rules.clip) if rules.clip else None,
             **({"orientation": rules.orientation} if rules.orientation else {}),
             **({"inference": "nnU-Net v1"} if self.folder.predicts_as_v1 else {}),
@@ -316,6 +324,7 @@ class _Run:
     check: Check
     clock: _Clock = field(default_factory=_Clock)
     device: torch.device | None = None
+    runtime: str = ""
     grid: Grid | None = None
 
 

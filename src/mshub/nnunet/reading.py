@@ -73,16 +73,14 @@ def read_as_nnunet(
     CaseError
         nnU-Net's reader cannot read it.
     """
+    turned = [volume.turned(rules.orientation) for volume in volumes]
     with tempfile.TemporaryDirectory(prefix="mshub-") as scratch:
         paths = [
-            str(_readable_path(path, volume, reader, rules.orientation, Path(scratch) / f"{index:04d}.nii"))
-            for index, (path, volume) in enumerate(zip(images, volumes, strict=True))
+            str(_readable_path(path, volume, reader, volume is not before, Path(scratch) / f"{index:04d}.nii"))
+            for index, (path, volume, before) in enumerate(zip(images, turned, volumes, strict=True))
         ]
         try:
-            if type(reader) is SimpleITKIO and all(volume.array_xyz.dtype.kind in "iu" for volume in volumes):
-                data, properties = _with_headers_of(paths, volumes)
-            else:
-                data, properties = reader.read_images(paths)
+            data, properties = _with_headers_of(paths, turned, reader) or reader.read_images(paths)
         except Exception as error:
             raise CaseError(
                 f"{images[0].name}: nnU-Net's reader {type(reader).__name__} cannot read it ({error}). Save it "
@@ -93,17 +91,28 @@ def read_as_nnunet(
     return data, properties
 
 
-def _with_headers_of(paths: Sequence[str], volumes: Sequence[Volume]) -> tuple[Array, dict[str, Any]]:
-    """Return what `SimpleITKIO.read_images` does, with voxels that were read before."""
+def _with_headers_of(
+    paths: Sequence[str], volumes: Sequence[Volume], reader: Any
+) -> tuple[Array, dict[str, Any]] | None:
+    """Return what `SimpleITKIO.read_images` does, with voxels that were read before; None if it has to read them."""
+    if type(reader) is not SimpleITKIO or any(volume.array_xyz.dtype.kind not in "iu" for volume in volumes):
+        return None
+    geometries = [_sitk_geometry(path) for path in paths]
+    spacing = geometries[0]["spacing"]
+    if any(geometry["spacing"] != spacing for geometry in geometries):
+        return None  # it says what it thinks of that
     x, y, z = volumes[0].array_xyz.shape
     data = np.empty((len(volumes), z, y, x), np.float32)
     for channel, volume in zip(data, volumes, strict=True):
         channel[:] = volume.array_xyz.transpose()
+    return data, {"sitk_stuff": geometries[0], "spacing": [abs(edge) for edge in reversed(spacing)]}
+
+
+def _sitk_geometry(path: str) -> dict[str, tuple[float, ...]]:
     header = sitk.ImageFileReader()
-    header.SetFileName(paths[0])
+    header.SetFileName(path)
     header.ReadImageInformation()
-    geometry = {"spacing": header.GetSpacing(), "origin": header.GetOrigin(), "direction": header.GetDirection()}
-    return data, {"sitk_stuff": geometry, "spacing": [abs(edge) for edge in reversed(header.GetSpacing())]}
+    return {"spacing": header.GetSpacing(), "origin": header.GetOrigin(), "direction": header.GetDirection()}
 
 
 def read_label_as_nnunet(label: Volume, reader: Any, orientation: str | None = None) -> Array:
@@ -163,9 +172,8 @@ def _as_written(segmentation: Array, properties: dict[str, Any], reader: Any) ->
     return array_xyz
 
 
-def _readable_path(path: Path, volume: Volume, reader: Any, orientation: str | None, scratch: Path) -> Path:
-    turned = volume.turned(orientation)
-    if turned is volume and path.is_file() and path.name.lower().endswith(tuple(reader.supported_file_endings)):
+def _readable_path(path: Path, volume: Volume, reader: Any, is_turned: bool, scratch: Path) -> Path:
+    if not is_turned and path.is_file() and path.name.lower().endswith(tuple(reader.supported_file_endings)):
         return path
-    write_nifti(scratch, turned.array_xyz, turned.grid)
+    write_nifti(scratch, volume.array_xyz, volume.grid)
     return scratch

@@ -7,7 +7,7 @@ rule.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import combinations
@@ -27,6 +27,8 @@ Progress = Callable[[int, int], None]
 """Called with (tiles done, tiles in all) while the network runs."""
 Check = Callable[[], None]
 """Called now and then; raises to end what is being done."""
+Network = Callable[[torch.Tensor], torch.Tensor]
+"""Takes a tile, axes (batch, channel, *spatial), and returns its logits, axes (batch, class, *spatial)."""
 
 
 class SlidingWindow(nnUNetPredictor):  # type: ignore[misc]
@@ -40,6 +42,7 @@ class SlidingWindow(nnUNetPredictor):  # type: ignore[misc]
         self.use_gaussian = self.use_mirroring = True
         self.tile_step_size = 0.5
         self.device = device
+        self._networks: tuple[Network, ...] = ()
         self.perform_everything_on_device = device.type == "cuda"
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = True
@@ -76,7 +79,7 @@ class SlidingWindow(nnUNetPredictor):  # type: ignore[misc]
 
     @contextmanager
     def _watched_encoder(self) -> Iterator[None]:
-        encoder = getattr(self.network, "encoder", None)
+        encoder = getattr(self._running, "encoder", None)
         if self._measures is None or encoder is None:
             yield
             return
@@ -92,15 +95,26 @@ class SlidingWindow(nnUNetPredictor):  # type: ignore[misc]
 
         nnU-Net would use 8 threads at most, and move every fold's to the CPU.
         """
-        mean = self._of_fold(self.list_of_parameters[0], data)
-        for parameters in self.list_of_parameters[1:]:
-            logits = self._of_fold(parameters, data)
+        folds = len(self.list_of_parameters)
+        mean = self._of_fold(0, data)
+        for fold in range(1, folds):
+            logits = self._of_fold(fold, data)
             mean = mean.to(logits.device).add_(logits)
-        return mean if len(self.list_of_parameters) == 1 else mean.div_(len(self.list_of_parameters))
+        return mean if folds == 1 else mean.div_(folds)
 
-    def _of_fold(self, parameters: dict[str, Any], data: torch.Tensor) -> torch.Tensor:
-        self.network.load_state_dict(parameters)
-        return self.predict_sliding_window_return_logits(data)
+    def _of_fold(self, fold: int, data: torch.Tensor) -> torch.Tensor:
+        if self._networks:
+            self._running = self._networks[fold]
+        else:
+            self.network.load_state_dict(self.list_of_parameters[fold])
+            self._running = self.network
+        logits: torch.Tensor = self.predict_sliding_window_return_logits(data)
+        return logits
+
+    def run_instead(self, networks: Sequence[Network]) -> None:
+        """Let other networks, one of each fold, do what torch's would do; its weights are given up."""
+        self._networks = tuple(networks)
+        self.list_of_parameters: list[dict[str, Any]] = [{} for _ in networks]
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def _internal_predict_sliding_window_return_logits(
@@ -166,8 +180,7 @@ class SlidingWindow(nnUNetPredictor):  # type: ignore[misc]
             self._on_progress(self._done, self._total)
 
     def _outcome(self, x: torch.Tensor) -> torch.Tensor:
-        outcome: torch.Tensor = self.network(x)
-        return outcome
+        return self._running(x)
 
     def _flips(self) -> Iterator[tuple[int, ...]]:
         """Yield the axes of (batch, channel, *spatial) tensors to flip together, beginning with none."""
@@ -210,7 +223,7 @@ class ProbabilityWindow(SlidingWindow):
         return probabilities
 
     def _outcome(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.softmax(self.network(x).float(), dim=1)
+        return torch.softmax(self._running(x).float(), dim=1)
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def _internal_predict_sliding_window_return_logits(

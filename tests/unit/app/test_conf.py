@@ -12,7 +12,8 @@ from mshub.errors import ConfigError
 
 
 def test_without_options_everything_installed_is_served_accurately(home: Path) -> None:
-    assert Config.parse({}) == Config(home=home, models=(), device="auto", profile="accurate", cache_gb=8.0)
+    config = Config.parse({}, {"MSHUB_HOME": str(home)})
+    assert config == Config(home=home, models=(), device="auto", profile="accurate", cache_gb=8.0, engine="auto")
 
 
 def test_conf_wins_over_the_environment_and_that_over_the_defaults() -> None:
@@ -56,6 +57,8 @@ def test_an_unknown_option_is_refused_with_the_nearest_known_one(
     ("conf", "message"),
     [
         ({"profile": "turbo"}, "profile is 'turbo'; expected one of accurate, fast"),
+        ({"engine": "tensorrt"}, "engine is 'tensorrt'; expected one of auto, torch, openvino"),
+        ({"images_gb": "-1"}, "images_gb is '-1'; expected a number of gigabytes from 0"),
         ({"cache_gb": "lots"}, "cache_gb is 'lots'; expected a positive number of gigabytes"),
         ({"cache_gb": "0"}, "positive"),
         ({"cache_gb": "-4"}, "positive"),

@@ -41,7 +41,7 @@ def activity() -> Activity:
 @pytest.fixture
 def task(installed: ModelStore, cache: NetworkCache, activity: Activity) -> NNUNetInferTask:
     """The task of the model ``tiny``; profile fast, on the CPU, unless a request says otherwise."""
-    config = Config(home=installed.home, device="cpu", profile="fast")
+    config = Config(home=installed.home, device="cpu", profile="fast", engine="torch")
     return NNUNetInferTask("tiny", installed, cache, config, activity)
 
 
@@ -304,7 +304,7 @@ def test_several_channels_are_read_in_order(
     store: ModelStore, two_channels: Path, image: Path, tmp_path: Path, cache: NetworkCache, activity: Activity
 ) -> None:
     add_model(store, "tiny", two_channels)
-    task = NNUNetInferTask("tiny", store, cache, Config(home=store.home, profile="fast"), activity)
+    task = NNUNetInferTask("tiny", store, cache, Config(home=store.home, profile="fast", engine="torch"), activity)
     second = make_image(tmp_path / "second.nii.gz", (29, 23, 14), odd_grids()["oblique-left-handed"], seed=4)
     path, params = task({"image": str(image), "channels": [str(image), str(second)]})
     np.testing.assert_array_equal(read_volume(Path(path)).array_xyz, expected(store, image, second))

@@ -161,6 +161,7 @@ class NNUNetInferTask(InferTask):  # type: ignore[misc]
             folds=_folds(request.get("folds")),
             device=str(request.get("device") or self._config_options.device),
             rules=version.card.input_rules,
+            runtime=self._config_options.engine,
             measure=True,
         )
 

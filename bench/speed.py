@@ -1,0 +1,285 @@
+"""MSHub's predictions beside nnU-Net's own tools: time, memory, and whether the labels are the same.
+
+    python bench/speed.py                          # all but the server; writes docs/performance.md and its plots
+    python bench/speed.py export --repeats 3       # one part: export, preprocessing, request or server
+    python bench/speed.py --quick                  # small, in bench/out/speed-quick: does everything still run
+    python bench/speed.py --report-only            # tables and plots of the last results
+
+Every arm runs once per repeat, in turn with the others (A B A B ...), each time in a process of its own, with the same
+number of threads. What came out is kept in bench/out/speed, a file per part, so that parts may be measured one by one.
+An arm that would need more than ``--memory-gb`` is not run, and the tables say so. What is measured on:
+bench/speed_cases.py; what an arm does: bench/speed_arms.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import psutil
+
+import speed_arms
+import speed_report
+from speed_arms import MSHUB, NNUNET
+
+if TYPE_CHECKING:
+    from speed_cases import Case
+
+Json = dict[str, Any]
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "bench" / "out"
+PARTS = ("export", "preprocessing", "request", "server")
+REAL_CT = ROOT.parent / "shared" / "data" / "ct_torso" / "example_ct.nii.gz"
+SHARE_OF_MEMORY = 0.6
+OWN_BYTES = {"export": 2**29, "preprocessing": 2**29, "request": 3 * 2**30, "server": 3 * 2**30}
+"""What a process needs besides: libraries, and for a request the network and its layers' outputs."""
+SERVED_PROFILE = "fast"
+THREAD_VARIABLES = (
+    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS", "nnUNet_def_n_proc",
+)  # fmt: skip
+UNUSED_VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")  # nnU-Net complains where they are not set
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was asked for."""
+
+    repeats: int
+    threads: int
+    memory: int
+    quick: bool
+    mirroring: bool
+    real: Path | None
+    out: Path
+
+
+# -- arms -------------------------------------------------------------------------------------------------------------
+
+
+def arms_of(case: Case, part: str, settings: Settings) -> list[Json]:
+    """Return the arms of a case: the label is that of the arm ``reference``, times are beside those of ``beside``."""
+    if part == "request":
+        return list(_request_arms(case, settings))
+    if part == "server":
+        return [{"name": f"POST /infer, profile {SERVED_PROFILE}", "program": MSHUB, "profile": SERVED_PROFILE}]
+    return [{"name": name, "program": name, "reference": NNUNET, "beside": NNUNET} for name in (NNUNET, MSHUB)]
+
+
+def _request_arms(case: Case, settings: Settings) -> Iterator[Json]:
+    """Yield nnU-Net's ways and all profiles of MSHub; mirroring takes eight times as long."""
+    from mshub.nnunet.predictor import PROFILES
+    from speed_cases import STARTER
+
+    both = settings.mirroring or (case.name == STARTER and not settings.quick)
+    for mirroring in (False, True) if both else (False,):
+        profiles = [name for name, profile in PROFILES.items() if profile.mirroring == mirroring]
+        more = ", mirroring" if mirroring else ""
+        for warm, way in ((True, "warm"), (False, "command line")):
+            nnunet = f"{NNUNET}, {way}{more}"
+            same = {"mirroring": mirroring, "warm": warm, "reference": f"{NNUNET}, warm{more}", "beside": nnunet}
+            yield {**same, "name": nnunet, "program": NNUNET}
+            for profile in profiles:
+                yield {**same, "name": f"{MSHUB}, {way}, profile {profile}", "program": MSHUB, "profile": profile}
+
+
+def reason_to_skip(case: Case, part: str, arm: Json, limit: int) -> tuple[str, int] | None:
+    """Return why an arm cannot run within `limit` bytes, and how many it needs; None if it can."""
+    from speed_cases import logits_bytes, nnunet_export_bytes
+
+    needs = OWN_BYTES[part]
+    if part != "preprocessing":
+        needs += nnunet_export_bytes(case) if arm["program"] == NNUNET else logits_bytes(case)
+    if needs <= limit:
+        return None
+    return f"not run: needs about {needs / 2**30:.0f} GB", needs
+
+
+# -- running ----------------------------------------------------------------------------------------------------------
+
+
+def difference(part: str, reference: Path, result: Path) -> Json:
+    """Return how far what an arm made is from the reference."""
+    if part == "preprocessing":
+        ours, theirs = (np.load(path, mmap_mode="r") for path in (result, reference))
+        if ours.shape != theirs.shape:
+            return {"differing": max(ours.size, theirs.size), "voxels": theirs.size}
+        return {"largest_difference": float(np.abs(ours - theirs).max())}
+    ours, theirs = (_label(path) for path in (result, reference))
+    differing = np.count_nonzero(ours != theirs) if ours.shape == theirs.shape else theirs.size
+    return {"differing": int(differing), "voxels": int(theirs.size), "foreground": float(np.mean(theirs != 0))}
+
+
+def _label(path: Path) -> np.ndarray[Any, Any]:
+    import nibabel as nib
+
+    return np.load(path) if path.suffix == ".npy" else np.asarray(nib.load(path).dataobj)
+
+
+class Measurement:
+    """All arms of the cases of one part, and what they took, in a file that is complete after every run.
+
+    Parameters
+    ----------
+    part : str
+    settings : Settings
+    command : str
+        What was typed.
+    """
+
+    def __init__(self, part: str, settings: Settings, command: str) -> None:
+        self._part, self._settings = part, settings
+        self._file = settings.out / f"{part}.json"
+        self._results: Json = {
+            "part": part,
+            "command": command,
+            "date": datetime.date.today().isoformat(),
+            "machine": speed_report.machine(),
+            "threads": settings.threads,
+            "repeats": settings.repeats,
+            "cases": [],
+            "runs": [],
+        }
+
+    def measure(self, case: Case) -> None:
+        """Run all arms of a case in turn."""
+        from speed_cases import prepare
+
+        scratch = self._settings.out / "scratch"
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        try:
+            arms = arms_of(case, self._part, self._settings)
+            skipped = {arm["name"]: self._skip(case, arm) for arm in arms}
+            arms = [arm for arm in arms if not skipped[arm["name"]]]
+            task = prepare(case, scratch, self._settings.real) if arms else {}
+            self._results["cases"].append({**case.facts(), "border": task.get("border")})
+            self._write()
+            for repeat in range(1 if self._part == "server" else self._settings.repeats):
+                for arm in arms:
+                    self._run(case, {**task, "arm": arm}, repeat, scratch)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    def _skip(self, case: Case, arm: Json) -> bool:
+        reason = reason_to_skip(case, self._part, arm, self._settings.memory)
+        if reason is not None:
+            self._keep(case, arm, 0, {"skipped": reason[0], "needs": reason[1]})
+        return reason is not None
+
+    def _run(self, case: Case, task: Json, repeat: int, scratch: Path) -> None:
+        arm = task["arm"]
+        ending = ".npy" if self._part in ("export", "preprocessing") else ".nii.gz"
+        result, reference = scratch / f"result{ending}", scratch / f"{arm.get('reference')}{ending}"
+        more = {"part": self._part, "threads": self._settings.threads, "repeats": self._settings.repeats}
+        found = speed_arms.run({**task, **more, "result": str(result)})
+        if result.is_file():
+            if arm["name"] == arm["reference"] and not reference.exists():
+                result.replace(reference)
+            elif reference.exists():
+                found.update(difference(self._part, reference, result))
+            result.unlink(missing_ok=True)
+        self._keep(case, arm, repeat, found)
+
+    def _keep(self, case: Case, arm: Json, repeat: int, found: Json) -> None:
+        run = {"case": case.name, "arm": arm["name"], "beside": arm.get("beside"), "repeat": repeat, **found}
+        self._results["runs"].append(run)
+        self._write()
+        seconds = [one["wall_s"] for one in found.get("requests", [found]) if "wall_s" in one]
+        told = found.get("skipped") or found.get("failed") or ", ".join(f"{one:.2f} s" for one in seconds)
+        print(f"{self._part} | {case.name} | {arm['name']} | {repeat + 1}: {told}", file=sys.stderr, flush=True)
+
+    def _write(self) -> None:
+        self._file.write_text(json.dumps(self._results, indent=1), encoding="utf-8")
+
+
+def measure(parts: Sequence[str], settings: Settings, command: str) -> None:
+    """Measure parts, and keep what came out."""
+    from speed_cases import export_cases, preprocessing_cases, request_cases
+
+    for part in parts:
+        measurement = Measurement(part, settings, command)
+        cases = {
+            "export": lambda: export_cases(settings.quick),
+            "preprocessing": lambda: preprocessing_cases(settings.quick),
+        }.get(part, lambda: request_cases(settings.quick, settings.real))()
+        for case in cases:
+            measurement.measure(case)
+
+
+def same_for_all(settings: Settings) -> None:
+    """Set the environment of all processes; before any of them imports a library."""
+    os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(settings.threads)))
+    os.environ.update(dict.fromkeys((*UNUSED_VARIABLES, "MSHUB_HOME"), str(settings.out / "scratch")))
+
+
+# -- the command line -------------------------------------------------------------------------------------------------
+
+
+def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the command line's arguments."""
+    parser = argparse.ArgumentParser(description="MSHub's predictions beside nnU-Net's own: time, memory, labels.")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default: all but the server")
+    parser.add_argument("--server", action="store_true", help="measure the server too")
+    parser.add_argument("--repeats", type=int, help="default: 5, with --quick 1")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
+    parser.add_argument("--memory-gb", type=float, help="what an arm may need; default: 60 %% of the machine's")
+    parser.add_argument("--mirroring", action="store_true", help="mirroring also for the organ model: 8 times as long")
+    parser.add_argument("--real", type=Path, nargs="?", const=REAL_CT, metavar="FILE", help="a CT for the organ model")
+    parser.add_argument("--quick", action="store_true", help="small sizes, kept apart: a smoke test")
+    parser.add_argument("--report-only", action="store_true", help="measure nothing, write the report again")
+    parser.add_argument("--out", type=Path, help="folder of results; default: bench/out/speed")
+    parser.add_argument("--doc", type=Path, help="file with the markers; default: docs/performance.md")
+    found = parser.parse_args(arguments)
+    unknown = [part for part in found.parts if part not in PARTS]
+    if unknown:
+        parser.error(f"unknown part {unknown[0]}; expected some of {', '.join(PARTS)}")
+    if found.real is not None and not (found.real.is_file() and found.real.name.endswith(".nii.gz")):
+        parser.error(f"--real: found {found.real.name}, expected a CT, an existing file .nii.gz")
+    found.parts = [part for part in PARTS if part in (found.parts or PARTS[:-1]) or (part == "server" and found.server)]
+    found.out = found.out or OUT / ("speed-quick" if found.quick else "speed")
+    found.doc = found.doc or (found.out if found.quick else ROOT / "docs") / "performance.md"
+    return found
+
+
+def command_of(arguments: Sequence[str]) -> str:
+    """Return what was typed, without folders of this machine."""
+    told = [Path(argument).name if Path(argument).is_absolute() else argument for argument in arguments]
+    return shlex.join(["python", "bench/speed.py", *told])
+
+
+def main() -> None:
+    """Run the command line."""
+    arguments = parsed()
+    memory = int(
+        arguments.memory_gb * 2**30 if arguments.memory_gb else SHARE_OF_MEMORY * psutil.virtual_memory().total
+    )
+    settings = Settings(
+        repeats=arguments.repeats or (1 if arguments.quick else 5),
+        threads=arguments.threads,
+        memory=memory,
+        quick=arguments.quick,
+        mirroring=arguments.mirroring,
+        real=arguments.real,
+        out=arguments.out.resolve(),
+    )
+    same_for_all(settings)
+    if not arguments.report_only:
+        measure(arguments.parts, settings, command_of(sys.argv[1:]))
+    speed_report.write(settings.out, arguments.doc)
+    if failures := speed_report.failures(settings.out):
+        raise SystemExit("These failed, what they said is above:\n" + "\n".join(failures))
+
+
+if __name__ == "__main__":
+    main()

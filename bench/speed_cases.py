@@ -1,0 +1,413 @@
+"""What bench/speed.py measures with: images, models and network outputs, the same on every machine.
+
+Network outputs are made up: structures on a jittered lattice, each with a value that rises by 1 per mm across its
+surface and levels off at 12 on either side, as the outputs of trained networks do; at a surface two values cross within
+about 2 mm. Nothing about them is noise. They are written slab by slab and class by class, so that they may be larger
+than the memory.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape, determine_do_sep_z_and_axis
+
+from mshub.geometry import Array
+from mshub.install import add_model
+from mshub.store import ModelStore
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+from factories import make_model_folder  # noqa: E402
+from uncertainty_cost import SPACING_MM, favour_background, write_model  # noqa: E402
+
+Triple = tuple[float, float, float]
+Shape = tuple[int, int, int]
+Json = dict[str, Any]
+
+SLAB = 8
+"""Slices of a network output that are made at once."""
+LEVEL = 12.0
+"""Where the values of a network output level off."""
+BODY_MM = 300.0
+"""A body is at least as high, or as wide."""
+WAVE_MM, WAVE_HEIGHT_MM = 30.0, 2.0
+"""Length and height of the dents in the surfaces of structures."""
+REGION_SIZES = (1.0, 0.75, 0.5)
+"""Nested regions, by their radius."""
+HU = {"air": -1000, "body": 40, "noise": 15, "step": 25}
+ORGAN_FEATURES, ORGAN_PATCH = 16, (96, 128, 128)
+ORGANS = 43
+FOREGROUND = 0.15
+"""Share of the voxels that structures of the organ model have."""
+MODEL_ID = "measured"
+"""What the model is called in a store."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """An image and the grid its network works on; axes z, y, x, spacings in mm."""
+
+    shape: Shape
+    spacing: Triple
+    network_spacing: Triple
+
+    @property
+    def network_shape(self) -> Shape:
+        """Shape on the network's grid, rounded as nnU-Net does."""
+        z, y, x = (int(edge) for edge in compute_new_shape(self.shape, self.spacing, self.network_spacing))
+        return z, y, x
+
+    @property
+    def separate_z(self) -> bool:
+        """Whether nnU-Net resamples the planes first and then between them."""
+        return bool(determine_do_sep_z_and_axis(None, self.network_spacing, self.spacing)[0])
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something to measure.
+
+    Attributes
+    ----------
+    part : str
+        ``export``, ``preprocessing`` or ``request``.
+    name : str
+        What the report calls it.
+    geometry : Geometry
+    heads : int
+        Values the network has per voxel: classes with the background, or regions.
+    regions : bool
+    curves : tuple of str
+        Of which growth curves it is a point: ``slices``, ``classes``.
+    in_table : bool
+        Whether it has rows of its own, besides.
+    """
+
+    part: str
+    name: str
+    geometry: Geometry
+    heads: int = 2
+    regions: bool = False
+    curves: tuple[str, ...] = ()
+    in_table: bool = True
+
+    def facts(self) -> Json:
+        """Return what a report needs to know."""
+        return {
+            **asdict(self),
+            "network_shape": self.geometry.network_shape,
+            "separate_z": self.geometry.separate_z,
+        }
+
+
+def logits_bytes(case: Case) -> int:
+    """Return the size of the network's output."""
+    return 2 * case.heads * int(np.prod(case.geometry.network_shape))
+
+
+def nnunet_export_bytes(case: Case) -> int:
+    """Return the memory nnU-Net's export needs, the network's output included, without the process's own.
+
+    Half-precision values go through a copy in double precision into half-precision values on the image's grid, all
+    classes at once; between planes, coordinates of all voxels are made as well. Regions become single precision twice.
+    """
+    source, image = (float(np.prod(shape)) for shape in (case.geometry.network_shape, case.geometry.shape))
+    between_planes = case.geometry.separate_z and case.geometry.shape[0] != case.geometry.network_shape[0]
+    resampling = case.heads * 8 * source + image * 8 * (11 if between_planes else 2)
+    deciding = image * (8 * case.heads if case.regions else 8)
+    return logits_bytes(case) + int(case.heads * 2 * image + max(resampling, deciding))
+
+
+# -- the cases --------------------------------------------------------------------------------------------------------
+
+IN_PLANE_MM = 0.977
+IN_3D = ((2.5, IN_PLANE_MM, IN_PLANE_MM), (3.0, 1.0, 1.0))
+BY_PLANE = ((3.0, IN_PLANE_MM, IN_PLANE_MM), (5.0, 1.0, 1.0))
+SLICES, CLASSES, SLICES_OF_CLASSES = (20, 50, 100, 200, 400), (2, 8, 24, 44, 104), 40
+QUICK_EDGE, QUICK_SLICES, QUICK_CLASSES = 96, (12, 24), (2, 6)
+
+
+def export_cases(quick: bool) -> list[Case]:
+    """Return the cases of the part ``export``."""
+    edge, slices = (QUICK_EDGE, QUICK_SLICES[-1]) if quick else (512, 120)
+    in_3d, by_plane = (Geometry((slices, edge, edge), *spacings) for spacings in (IN_3D, BY_PLANE))
+    regions = Case("export", "3 regions", in_3d, heads=len(REGION_SIZES), regions=True)
+    if quick:
+        return [regions, *_growth(edge, QUICK_SLICES, QUICK_CLASSES, QUICK_SLICES[0])]
+    organs = ORGANS + 1
+    return [
+        Case("export", f"{organs} classes", in_3d, heads=organs),
+        Case("export", f"{organs} classes, separate z", by_plane, heads=organs),
+        regions,
+        Case("export", "2 classes", in_3d),
+        *_growth(edge, SLICES, CLASSES, SLICES_OF_CLASSES),
+    ]
+
+
+def _growth(edge: int, slices: tuple[int, ...], classes: tuple[int, ...], thin: int) -> list[Case]:
+    """Return the points of both growth curves, a point that both share once."""
+    most = ORGANS + 1 if ORGANS + 1 in classes else classes[-1]
+    points = {(count, most): ("slices",) for count in slices}
+    for heads in classes:
+        points[thin, heads] = (*points.get((thin, heads), ()), "classes")
+    return [
+        Case(
+            "export",
+            f"{count} slices, {heads} classes",
+            Geometry((count, edge, edge), *IN_3D),
+            heads,
+            False,
+            curves,
+            False,
+        )
+        for (count, heads), curves in points.items()
+    ]
+
+
+def preprocessing_cases(quick: bool) -> list[Case]:
+    """Return the cases of the part ``preprocessing``."""
+    if quick:
+        return [Case("preprocessing", "in-plane and through-plane", Geometry((24, 96, 96), *IN_3D))]
+    thick, fine = (5.0, IN_PLANE_MM, IN_PLANE_MM), (1.5, 1.5, 1.5)
+    return [
+        Case("preprocessing", "to 3 x 1 x 1 mm", Geometry((134, 512, 512), *IN_3D)),
+        Case("preprocessing", "to 1.5 mm", Geometry((134, 512, 512), IN_3D[0], fine)),
+        Case("preprocessing", "thick slices, separate z", Geometry((67, 512, 512), thick, IN_3D[1])),
+    ]
+
+
+STARTER, ORGAN_MODEL, REAL = "starter model, phantom", "organ model, synthetic CT", "organ model, CT"
+
+
+def request_cases(quick: bool, real: Path | None) -> list[Case]:
+    """Return the cases of the part ``request``; `real` is a CT."""
+    cases = [Case("request", STARTER, _geometry_of(_starter_image(), _starter_spacing()), heads=6)]
+    fine = (SPACING_MM,) * 3
+    if not quick:
+        cases.append(Case("request", ORGAN_MODEL, Geometry((100, 256, 256), (2.25, 1.17, 1.17), fine), ORGANS + 1))
+    if real is not None:
+        cases.append(Case("request", REAL, _geometry_of(real, fine), heads=ORGANS + 1))
+    return cases
+
+
+def _geometry_of(image: Path, network_spacing: Triple) -> Geometry:
+    header = nib.load(image).header
+    x, y, z = header.get_data_shape()
+    across, along, through = (float(edge) for edge in header.get_zooms())
+    return Geometry((z, y, x), (through, along, across), network_spacing)
+
+
+def _starter_image() -> Path:
+    return ROOT / "sample-data" / "images" / "phantom_03.nii.gz"
+
+
+def _starter_spacing() -> Triple:
+    plans = json.loads((ROOT / "sample-data" / "starter-model" / "plans.json").read_text(encoding="utf-8"))
+    z, y, x = plans["configurations"]["3d_fullres"]["spacing"]
+    return z, y, x
+
+
+# -- making them ------------------------------------------------------------------------------------------------------
+
+
+def prepare(case: Case, folder: Path, real: Path | None = None) -> Json:
+    """Write the files of a case into `folder`, an empty one.
+
+    Returns
+    -------
+    dict
+        What a worker needs, besides the arm: paths and nnU-Net's properties. ``border``, for an export, is the share
+        of the network's voxels that differ from a neighbour.
+    """
+    if case.part == "export":
+        model = _tiny_model(folder, case)
+        border = write_logits(folder / "logits.npy", case.geometry, case.heads, case.regions)
+        return {"model": model, "logits": str(folder / "logits.npy"), "properties": _properties(case), "border": border}
+    if case.part == "preprocessing":
+        np.save(folder / "image.npy", synthetic_ct(case.geometry)[None])
+        return {
+            "model": _tiny_model(folder, case),
+            "image": str(folder / "image.npy"),
+            "properties": {"spacing": case.geometry.spacing},
+        }
+    return _prepare_request(case, folder, real)
+
+
+def _tiny_model(folder: Path, case: Case) -> str:
+    """Write a model folder whose network nobody runs."""
+    if case.regions:
+        nested = {f"region_{number}": list(range(number, case.heads + 1)) for number in range(1, case.heads + 1)}
+        labels, extra = {"background": 0, **nested}, {"regions_class_order": list(range(1, case.heads + 1))}
+    else:
+        labels = {"background": 0, **{f"structure_{value}": value for value in range(1, case.heads)}}
+        extra = {}
+    spacing = case.geometry.network_spacing
+    return str(make_model_folder(folder / "model", labels=labels, spacing_zyx_mm=spacing, dataset_extra=extra))
+
+
+def _properties(case: Case) -> Json:
+    """Return what nnU-Net's preprocessing tells its export; nothing was cropped."""
+    return {
+        "spacing": case.geometry.spacing,
+        "shape_before_cropping": case.geometry.shape,
+        "shape_after_cropping_and_before_resampling": case.geometry.shape,
+        "bbox_used_for_cropping": [[0, edge] for edge in case.geometry.shape],
+    }
+
+
+def _prepare_request(case: Case, folder: Path, real: Path | None) -> Json:
+    """Write the model, the image as nnU-Net wants to find it, a smaller one to warm up with, and a store."""
+    image, tiny = folder / "images" / "case_0000.nii.gz", folder / "tiny.nii.gz"
+    model = ROOT / "sample-data" / "starter-model"
+    image.parent.mkdir()
+    small = Geometry((12, 24, 24), case.geometry.spacing, case.geometry.network_spacing)
+    _write_image(tiny, synthetic_ct(small), small.spacing)
+    if case.name == STARTER:
+        shutil.copyfile(_starter_image(), image)
+    else:
+        model = write_model(folder / "model", case.heads, ORGAN_PATCH, ORGAN_FEATURES)
+        synthetic = Geometry(ORGAN_PATCH, (SPACING_MM,) * 3, (SPACING_MM,) * 3)
+        _write_image(folder / "bias.nii.gz", synthetic_ct(synthetic), synthetic.spacing)
+        favour_background(model, folder / "bias.nii.gz", "cpu", FOREGROUND)
+        if case.name == REAL and real is not None:
+            shutil.copyfile(real, image)
+        else:
+            _write_image(image, synthetic_ct(case.geometry), case.geometry.spacing)
+    home = folder / "home"
+    add_model(ModelStore(home), MODEL_ID, model)
+    return {"model": str(model), "image": str(image), "tiny": str(tiny), "home": str(home), "model_id": MODEL_ID}
+
+
+def _write_image(path: Path, voxels: Array, spacing: Triple) -> None:
+    z, y, x = spacing
+    nib.save(nib.Nifti1Image(voxels.T.astype(np.int16), np.diag([x, y, z, 1.0])), path)
+
+
+# -- made-up structures -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Blob:
+    """A structure: an ellipsoid with dents; lengths in mm, axes z, y, x."""
+
+    centre: Array
+    radii: Array
+    phases: Array
+
+    def depth(self, places: list[Array]) -> torch.Tensor:
+        """Return about how many mm each voxel lies below the surface, negative outside, axes (z, y, x)."""
+        squares, waves = [], []
+        for axis, place in enumerate(places):
+            squares.append(_along(((place - self.centre[axis]) / self.radii[axis]) ** 2, axis))
+            waves.append(_along(np.cos(place * (2 * np.pi / WAVE_MM) + self.phases[axis]), axis))
+        depth = (squares[0] + squares[1] + squares[2]).sqrt_().neg_().add_(1.0).mul_(float(self.radii.mean()))
+        return depth.addcmul_(waves[0] * waves[1], waves[2].expand_as(depth), value=WAVE_HEIGHT_MM)
+
+
+def _along(values: Array, axis: int) -> torch.Tensor:
+    shape = [1, 1, 1]
+    shape[axis] = -1
+    return torch.from_numpy(values.astype(np.float32)).reshape(shape)
+
+
+def blobs(extent_mm: Array, count: int, seed: int = 0) -> list[Blob]:
+    """Return structures on a lattice over a body, some of which touch; a thin image shows the middle of the body."""
+    generator = np.random.default_rng(seed)
+    body_mm = np.maximum(extent_mm, (min(BODY_MM, *extent_mm[1:]), 0, 0))
+    cells = np.ones(3, int)
+    while cells.prod() < count:
+        cells[np.argmax(body_mm / cells)] += 1
+    pitch = body_mm / cells
+    middle = (cells // 2 + 0.5) * pitch
+    corner = np.clip(middle - extent_mm / 2, 0, body_mm - extent_mm)
+    chosen = generator.permutation(int(cells.prod()))[:count]
+    return [
+        Blob(
+            (cell + 0.5 + generator.uniform(-0.1, 0.1, 3)) * pitch - corner,
+            pitch / 2 * generator.uniform(0.55, 1.05, 3),
+            generator.uniform(0, 2 * np.pi, 3),
+        )
+        for cell in np.stack(np.unravel_index(chosen, tuple(cells)), axis=-1)
+    ]
+
+
+def _slabs(shape: Shape, spacing: Triple) -> Iterator[tuple[slice, list[Array]]]:
+    """Yield the slices of each slab, and the places of its voxels along the axes, in mm."""
+    y, x = ((np.arange(edge) + 0.5) * step for edge, step in zip(shape[1:], spacing[1:], strict=True))
+    for begin in range(0, shape[0], SLAB):
+        slices = slice(begin, min(begin + SLAB, shape[0]))
+        yield slices, [(np.arange(slices.start, slices.stop) + 0.5) * spacing[0], y, x]
+
+
+def write_logits(path: Path, geometry: Geometry, heads: int, regions: bool) -> float:
+    """Write what a trained network could have returned, float16, axes (class, *network axes).
+
+    Returns
+    -------
+    float
+        The share of cells of 2 x 2 x 2 voxels that are not of one class.
+    """
+    shape, spacing = geometry.network_shape, geometry.network_spacing
+    structures = (
+        _nested(blobs(np.multiply(shape, spacing), 1)[0]) if regions else blobs(np.multiply(shape, spacing), heads - 1)
+    )
+    logits = np.lib.format.open_memmap(path, "w+", np.float16, (heads, *shape))  # type: ignore[no-untyped-call]
+    labels = np.zeros(shape, np.uint8)
+    for slices, places in _slabs(shape, spacing):
+        deepest = torch.full((slices.stop - slices.start, *shape[1:]), -torch.inf)
+        for value, structure in enumerate(structures, 1):
+            depth = structure.depth(places)
+            logits[value - regions, slices] = _levelled(depth)
+            wins = (depth > 0) if regions else (depth > 0) & (depth > deepest)
+            labels[slices][wins.numpy()] = value
+            deepest = torch.maximum(deepest, depth)
+        if not regions:
+            logits[0, slices] = _levelled(-deepest)
+    logits.flush()
+    return float(_differs(labels).mean())
+
+
+def _nested(outer: Blob) -> list[Blob]:
+    return [Blob(outer.centre, outer.radii * size, outer.phases) for size in REGION_SIZES]
+
+
+def _levelled(depth: torch.Tensor) -> Array:
+    levelled: Array = (LEVEL * depth / (LEVEL + depth.abs())).half().numpy()
+    return levelled
+
+
+def _differs(labels: Array) -> Array:
+    """Return which cells of 2 x 2 x 2 voxels are not of one class."""
+    differs = np.zeros([edge - 1 for edge in labels.shape], bool)
+    first = labels[:-1, :-1, :-1]
+    for corner in np.ndindex(2, 2, 2):
+        z, y, x = (slice(step, step + edge) for step, edge in zip(corner, first.shape, strict=True))
+        differs |= labels[z, y, x] != first
+    return differs
+
+
+def synthetic_ct(geometry: Geometry, seed: int = 0) -> Array:
+    """Return an image in HU with a body, a dozen organs and noise; float32, axes (z, y, x)."""
+    extent = np.multiply(geometry.shape, geometry.spacing)
+    body = Blob(extent / 2, extent * (2.0, 0.45, 0.48), np.zeros(3))
+    organs = blobs(extent * (1, 0.7, 0.7), 12, seed)
+    voxels = np.full(geometry.shape, HU["air"], np.float32)
+    generator = np.random.default_rng(seed)
+    for slices, places in _slabs(geometry.shape, geometry.spacing):
+        slab = voxels[slices]
+        slab[body.depth(places).numpy() > 0] = HU["body"]
+        moved = [places[0], *(place - 0.15 * edge for place, edge in zip(places[1:], extent[1:], strict=True))]
+        for number, organ in enumerate(organs):
+            slab[organ.depth(moved).numpy() > 0] = HU["body"] + HU["step"] * (number - 5)
+        slab += HU["noise"] * generator.standard_normal(slab.shape, np.float32)
+    return voxels
