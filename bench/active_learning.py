@@ -272,7 +272,7 @@ def predictions(
 ) -> list[tuple[ReviewedCase, Prediction]]:
     """Predict as the server does, with mirroring, and measure how sure the model is; or quickly, and do not."""
     predictor = predictor_of(model)
-    options = PredictOptions(PROFILES["accurate" if measure else "fast"], device="cpu", measure=measure)
+    options = PredictOptions(PROFILES["accurate" if measure else "balanced"], device="cpu", measure=measure)
     return [(case, predictor.predict(case.images, options)) for case in cases]
 
 

@@ -95,7 +95,7 @@ def main() -> None:
     torch.set_num_threads(1)
     unseen = json.loads((arguments.model / "cases.json").read_text(encoding="utf-8"))["unseen"]
     model = ModelFolder.open(arguments.model)
-    parent = Evaluator(model, PredictOptions(PROFILES["fast"], device="cpu"))
+    parent = Evaluator(model, PredictOptions(PROFILES["balanced"], device="cpu"))
 
     def predict(case: ReviewedCase) -> tuple[Array, dict[str, int]]:
         prediction = parent.predict(case)

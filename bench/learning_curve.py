@@ -94,7 +94,7 @@ def reviewed_case(data: Path, case: str) -> ReviewedCase:
 
 def scores_of(model: ModelFolder, cases: list[ReviewedCase]) -> list[CaseScore]:
     """Return the scores without mirroring, in this process, on the CPU."""
-    scores, failures = Evaluator(model, PredictOptions(PROFILES["fast"], device="cpu")).score(cases, lambda _: None)
+    scores, failures = Evaluator(model, PredictOptions(PROFILES["balanced"], device="cpu")).score(cases, lambda _: None)
     if failures:
         raise RuntimeError(f"no prediction for {failures}")
     return scores
@@ -134,7 +134,7 @@ def run_loop(arguments: argparse.Namespace, base: Path, cases: dict[str, list[st
 def correct(server: LiveServer, data: Path, case: str, scratch: Path) -> None:
     """Predict a case, then submit its reference label as a clinician's correction."""
     client = server.client(scratch)
-    client.infer(MODEL_ID, case, {"save_label": True, "label_tag": "original", "profile": "fast"})
+    client.infer(MODEL_ID, case, {"save_label": True, "label_tag": "original", "profile": "balanced"})
     reference = nib.load(data / "labelsTr" / f"{case}{ENDING}")
     values = np.asarray(reference.dataobj)
     scene = np.zeros(values.shape, np.uint8)

@@ -42,7 +42,7 @@ OUT = ROOT / "bench" / "out"
 PARTS = ("export", "preprocessing", "request", "server")
 REAL_CT = ROOT.parent / "shared" / "data" / "ct_torso" / "example_ct.nii.gz"
 SHARE_OF_MEMORY = 0.6
-OWN_BYTES = {"export": 2**29, "preprocessing": 2**29, "request": 3 * 2**30, "server": 3 * 2**30}
+OWN_BYTES = {"export": 2**29, "request": 3 * 2**30, "server": 3 * 2**30}
 """What a process needs besides: libraries, and for a request the network and its layers' outputs."""
 SERVED_PROFILE = "fast"
 THREAD_VARIABLES = (
@@ -93,16 +93,16 @@ def _request_arms(case: Case, settings: Settings) -> Iterator[Json]:
                 yield {**same, "name": f"{MSHUB}, {way}, profile {profile}", "program": MSHUB, "profile": profile}
 
 
-def reason_to_skip(case: Case, part: str, arm: Json, limit: int) -> tuple[str, int] | None:
-    """Return why an arm cannot run within `limit` bytes, and how many it needs; None if it can."""
+def too_large(case: Case, part: str, arm: Json, limit: int) -> Json | None:
+    """Return why an arm cannot run within `limit` bytes, and what it needs beside the network's output; None if it can."""
     from speed_cases import logits_bytes, nnunet_export_bytes
 
-    needs = OWN_BYTES[part]
-    if part != "preprocessing":
-        needs += nnunet_export_bytes(case) if arm["program"] == NNUNET else logits_bytes(case)
-    if needs <= limit:
+    if part == "preprocessing":
         return None
-    return f"not run: needs about {needs / 2**30:.0f} GB", needs
+    logits = logits_bytes(case)
+    extra = nnunet_export_bytes(case) - logits if arm["program"] == NNUNET else 0
+    needs = OWN_BYTES[part] + logits + extra
+    return {"skipped": f"not run: needs about {needs / 2**30:.0f} GB", "extra": extra} if needs > limit else None
 
 
 # -- running ----------------------------------------------------------------------------------------------------------
@@ -160,8 +160,7 @@ class Measurement:
         scratch.mkdir(parents=True)
         try:
             arms = arms_of(case, self._part, self._settings)
-            skipped = {arm["name"]: self._skip(case, arm) for arm in arms}
-            arms = [arm for arm in arms if not skipped[arm["name"]]]
+            arms = [arm for arm in arms if self._fits(case, arm)]
             task = prepare(case, scratch, self._settings.real) if arms else {}
             self._results["cases"].append({**case.facts(), "border": task.get("border")})
             self._write()
@@ -171,11 +170,11 @@ class Measurement:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
-    def _skip(self, case: Case, arm: Json) -> bool:
-        reason = reason_to_skip(case, self._part, arm, self._settings.memory)
+    def _fits(self, case: Case, arm: Json) -> bool:
+        reason = too_large(case, self._part, arm, self._settings.memory)
         if reason is not None:
-            self._keep(case, arm, 0, {"skipped": reason[0], "needs": reason[1]})
-        return reason is not None
+            self._keep(case, arm, 0, reason)
+        return reason is None
 
     def _run(self, case: Case, task: Json, repeat: int, scratch: Path) -> None:
         arm = task["arm"]

@@ -31,7 +31,7 @@ STAGES = {
     "write": "#e8c547",
 }
 COLOURS = {NNUNET: "#d9822b", MSHUB: "#1f5fa8"}
-CURVES = {"slices": "slices of 512 x 512, 44 classes", "classes": "classes, 40 slices of 512 x 512"}
+CURVES = {"slices": "{0} of {y} x {x}, {heads} classes", "classes": "{0}, {z} slices of {y} x {x}"}
 PACKAGES = ("torch", "nnunetv2", "numpy", "scipy", "scikit-image", "numba")
 MB = 1e6
 NOTHING = ""
@@ -275,18 +275,26 @@ def draw_growth(part: Part, path: Path) -> None:
     """Draw time and memory of the export over the size of the image and the number of classes."""
     figure = _figure(10, 7)
     panels = figure.subplots(2, len(CURVES), squeeze=False)
-    for column, (curve, title) in enumerate(CURVES.items()):
+    for column, curve in enumerate(CURVES):
         points = [case for case in part.cases if curve in case["curves"]]
         sizes = {case["name"]: case["geometry"]["shape"][0] if curve == "slices" else case["heads"] for case in points}
         _draw_curves(panels[0][column], part, sizes, wall, "wall time, s")
         _draw_curves(panels[1][column], part, sizes, extra, "memory above the baseline, MB")
-        panels[0][column].set_title(f"export over {title.partition(',')[0]}", fontsize=10)
-        panels[1][column].set_xlabel(title)
+        panels[0][column].set_title(f"export over {curve}", fontsize=10)
+        panels[1][column].set_xlabel(_axis(curve, points))
     handles = {
         label: handle for axes in panels.flat for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     figure.savefig(path, dpi=130)
+
+
+def _axis(curve: str, points: Sequence[Json]) -> str:
+    """Say what grows along a curve, and what stays as it is."""
+    if not points:
+        return curve
+    z, y, x = points[0]["geometry"]["shape"]
+    return CURVES[curve].format(curve, z=z, y=y, x=x, heads=points[0]["heads"])
 
 
 def _draw_curves(axes: Axes, part: Part, sizes: dict[str, int], quantity: Callable[[Json], float], label: str) -> None:
@@ -301,7 +309,9 @@ def _draw_curves(axes: Axes, part: Part, sizes: dict[str, int], quantity: Callab
                 [size for size, _ in measured], middles, yerr=[*zip(*errors, strict=True)], fmt="o-", color=colour,
                 capsize=3, label=arm,
             )  # fmt: skip
-        needs = [(size, run["needs"] / MB) for case, size in ordered for run in part.runs(case, arm) if "needs" in run]
+        needs = [
+            (size, run["extra"] / MB) for case, size in ordered for run in part.runs(case, arm) if run.get("extra")
+        ]
         if needs and quantity is extra:
             axes.plot(
                 *zip(*needs, strict=True),
@@ -343,9 +353,9 @@ def draw_stages(part: Part, path: Path) -> None:
         axes.set_title(case, fontsize=10)
         axes.grid(axis="x", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
+    panels[-1].set_xlabel("wall time, s", fontsize=9)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8, frameon=False)
-    figure.supxlabel("wall time, s", fontsize=9)
     figure.savefig(path, dpi=130)
 
 

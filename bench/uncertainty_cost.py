@@ -1,7 +1,7 @@
 """What it costs to measure how sure a model is, beside the same prediction without it.
 
     python bench/uncertainty_cost.py                        # 44 classes, nnU-Net's own network of 31 M parameters
-    python bench/uncertainty_cost.py --device cuda --shape 512 512 300 --profiles accurate fast
+    python bench/uncertainty_cost.py --device cuda --shape 512 512 300 --profiles accurate balanced
 
 A network of nnU-Net's default size with random, symmetric weights predicts one image with and without measuring, in
 turn, in one process. Random weights find structures everywhere; the background's bias is raised until structures have
@@ -109,7 +109,7 @@ def compare(model: Path, image: Path, profile: str, device: str, repeats: int) -
     predictor = NNUNetPredictor(ModelFolder.open(model), NetworkCache())
     seconds: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
     labels: dict[bool, Prediction] = {}
-    timed(predictor, image, PredictOptions(PROFILES["fast"], device=device))  # loads the network
+    timed(predictor, image, PredictOptions(PROFILES["balanced"], device=device))  # loads the network
     for _ in range(repeats):
         for measure in (False, True):
             wall, cpu, labels[measure] = timed(

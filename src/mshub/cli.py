@@ -294,7 +294,7 @@ def predict(
     ] = "",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1...")] = "auto",
     profile: Annotated[
-        str, typer.Option(help="accurate (nnU-Net's own settings) or fast (no mirroring).")
+        str, typer.Option(help="accurate (nnU-Net's own settings), balanced (no mirroring) or fast.")
     ] = "accurate",
     folds: Annotated[str, typer.Option(help="Comma-separated; default: all the model has.")] = "",
     engine: EngineName = "auto",

@@ -188,7 +188,7 @@ class _Round:
         """Return what is odd about new labels: what was said when they came, and what the parent's eyes say now."""
         kept = self._job.work / "doubts.json"
         found: dict[str, list[str]] = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
-        parent = Evaluator(self._model, replace(self._options, profile=PROFILES["fast"])) if self._parent else None
+        parent = Evaluator(self._model, replace(self._options, profile=PROFILES["balanced"])) if self._parent else None
         on_case = self._counting("looking at new label", len(new))
         for number, case in enumerate(new):
             if case.digest in found:

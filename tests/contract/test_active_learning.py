@@ -22,9 +22,9 @@ from mshub.install import add_model
 from mshub.selection import STRATEGIES
 from mshub.store import ModelStore
 
-FAST = {"profile": "fast"}
+BALANCED = {"profile": "balanced"}
 SHAPE = (20, 17, 12)
-ARGUMENTS = ("--conf", "device=cpu", "--conf", "profile=fast")
+ARGUMENTS = ("--conf", "device=cpu", "--conf", "profile=balanced")
 
 
 def make_ward(folder: Path, images: int) -> tuple[Path, Path]:
@@ -89,7 +89,7 @@ def test_the_answer_has_what_clients_read_and_says_why(ward: Site, strategy: str
 
 
 def test_a_prediction_returns_what_was_measured(ward: Site, tmp_path: Path) -> None:
-    _, params = client_of(ward, "cleo", tmp_path).infer("tiny", "case000", FAST)
+    _, params = client_of(ward, "cleo", tmp_path).infer("tiny", "case000", BALANCED)
     found = params["uncertainty"]
     assert 0 < found["fold_dice"] < 1
     assert set(found["structures"]) == {"liver", "spleen"}
@@ -101,7 +101,7 @@ def test_a_prediction_returns_what_was_measured(ward: Site, tmp_path: Path) -> N
 def test_monai_labels_scoring_is_that_of_several_structures(ward: Site, tmp_path: Path) -> None:
     """Exchanged labels do not agree at all; MONAI Label's own `dice` gives them more than 1."""
     client = client_of(ward, "cleo", tmp_path)
-    label, _ = client.infer("tiny", "case001", {**FAST, "save_label": True})
+    label, _ = client.infer("tiny", "case001", {**BALANCED, "save_label": True})
     image = nib.load(label)
     array = np.asarray(image.dataobj)
     exchanged = nib.Nifti1Image(np.choose(array, (0, 2, 1)).astype(np.uint8), image.affine)

@@ -78,7 +78,7 @@ def test_a_bad_image_is_refused_with_its_fault_named(site: Site, fault: str, tmp
     path = tmp_path / "scan.nii.gz"
     write(path)
     uploads = _uploads()
-    answer = site.server.infer("tiny", "output=image", {"profile": "fast"}, file=("scan.nii.gz", path.read_bytes()))
+    answer = site.server.infer("tiny", "output=image", {"profile": "balanced"}, file=("scan.nii.gz", path.read_bytes()))
     _check(fault, answer.status_code, answer.text, words)
     assert "json" in answer.headers["content-type"]
     assert _uploads() <= uploads, "the refused upload is still in the temporary folder"
@@ -100,7 +100,7 @@ REQUESTS: dict[str, tuple[str, str, object, int, str]] = {
     "bad JSON": ("tiny", "image=case01", "{oops", 400, "not valid JSON"),
     "JSON that is no object": ("tiny", "image=case01", "[1]", 400, "expected an object"),
     "image in params": ("tiny", "image=case01", {"image": "/etc/hostname"}, 400, "may not set image"),
-    "unknown profile": ("tiny", "image=case01", {"profile": "turbo"}, 422, "accurate, fast"),
+    "unknown profile": ("tiny", "image=case01", {"profile": "turbo"}, 422, "accurate, balanced, fast"),
     "unknown fold": ("tiny", "image=case01", {"folds": "7"}, 422, "Fold 7.*0, 1"),
     "unknown device": ("tiny", "image=case01", {"device": "tpu"}, 422, "tpu"),
     "unknown result type": ("tiny", "image=case01", {"result_extension": ".jpg"}, 422, r"\.nrrd"),

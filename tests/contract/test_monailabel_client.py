@@ -17,7 +17,7 @@ from live import Site
 from mshub.install import add_model
 from mshub.store import ModelStore
 
-FAST = {"profile": "fast"}
+BALANCED = {"profile": "balanced"}
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_info_names_every_installed_model(client: MONAILabelClient) -> None:
 
 
 def test_a_segmentation_comes_back_on_the_grid_of_the_image(client: MONAILabelClient, site: Site) -> None:
-    label, params = client.infer("tiny", "case01", FAST)
+    label, params = client.infer("tiny", "case01", BALANCED)
     image, result = nib.load(site.studies / "case01.nii.gz"), nib.load(label)
     np.testing.assert_allclose(result.affine, image.affine, atol=1e-5)
     assert result.shape == image.shape
@@ -46,30 +46,30 @@ def test_a_segmentation_comes_back_on_the_grid_of_the_image(client: MONAILabelCl
 def test_two_files_of_one_case_are_the_channels_of_one_image(client: MONAILabelClient) -> None:
     assert "pair" in client.datastore()["objects"]
     assert "pair_0001" not in client.datastore()["objects"]
-    _, params = client.infer("two-channels", "pair", FAST)
+    _, params = client.infer("two-channels", "pair", BALANCED)
     assert params["label_names"] == {"tumour": 1}
 
 
 def test_a_missing_channel_is_named(client: MONAILabelClient) -> None:
     with pytest.raises(MONAILabelClientException, match=r"1 image file.*T1, T2"):
-        client.infer("two-channels", "half", FAST)
+        client.infer("two-channels", "half", BALANCED)
 
 
 def test_a_session_is_created_used_and_removed(client: MONAILabelClient, tmp_path: Path) -> None:
     path = make_image(tmp_path / "own scan.nii.gz", (19, 23, 16), seed=9)
     session = client.create_session(str(path))["session_id"]
-    label, _ = client.infer("tiny", "", FAST, session_id=session)
+    label, _ = client.infer("tiny", "", BALANCED, session_id=session)
     assert nib.load(label).shape == (19, 23, 16)
     client.remove_session(session)
     with pytest.raises(MONAILabelClientException, match="does not exist or has expired"):
-        client.infer("tiny", "", FAST, session_id=session)
+        client.infer("tiny", "", BALANCED, session_id=session)
 
 
 def test_a_file_sent_with_the_request_is_segmented_and_not_kept(
     client: MONAILabelClient, site: Site, tmp_path: Path
 ) -> None:
     path = make_image(tmp_path / "upload.nii.gz", (18, 17, 19), seed=10)
-    label, _ = client.infer("tiny", "", FAST, file=str(path))
+    label, _ = client.infer("tiny", "", BALANCED, file=str(path))
     assert nib.load(label).shape == (18, 17, 19)
     assert not list(site.studies.rglob("*upload*"))
 
@@ -77,7 +77,7 @@ def test_a_file_sent_with_the_request_is_segmented_and_not_kept(
 def test_an_uploaded_image_gets_the_id_it_was_given(client: MONAILabelClient, tmp_path: Path) -> None:
     path = make_image(tmp_path / "1.2.840.77.nii.gz", (17, 21, 16), seed=11)
     assert client.upload_image(str(path), "1.2.840.77")["image"] == "1.2.840.77"
-    label, _ = client.infer("tiny", "1.2.840.77", FAST)
+    label, _ = client.infer("tiny", "1.2.840.77", BALANCED)
     assert nib.load(label).shape == (17, 21, 16)
 
 
@@ -89,7 +89,7 @@ def test_the_next_sample_is_an_image_without_label(client: MONAILabelClient) -> 
 
 
 def test_a_saved_label_is_stored_counted_and_read_back(client: MONAILabelClient, tmp_path: Path) -> None:
-    label, _ = client.infer("tiny", "case02", FAST)
+    label, _ = client.infer("tiny", "case02", BALANCED)
     before = np.asarray(nib.load(label).dataobj)
     params = {"label_info": [{"name": "liver", "idx": 1}, {"name": "spleen", "idx": 2}]}
     client.save_label("case02", label, params=params)
@@ -101,7 +101,7 @@ def test_a_saved_label_is_stored_counted_and_read_back(client: MONAILabelClient,
 
 
 def test_a_prelabel_is_kept_with_the_version_that_made_it(client: MONAILabelClient) -> None:
-    client.infer("tiny", "case01", {**FAST, "save_label": True, "label_tag": "original"})
+    client.infer("tiny", "case01", {**BALANCED, "save_label": True, "label_tag": "original"})
     label = client.datastore()["objects"]["case01"]["labels"]["original"]["info"]
     assert label["params"]["model_version"] == "v1"
     assert label["params"]["label_names"] == {"liver": 1, "spleen": 2}
@@ -110,7 +110,7 @@ def test_a_prelabel_is_kept_with_the_version_that_made_it(client: MONAILabelClie
 def test_batch_inference_prelabels_the_unlabelled(client: MONAILabelClient, site: Site) -> None:
     before = _prelabelled(client)
     # The body MONAI Label itself proposes, with a limit.
-    params = {"profile": "fast", "device": "cuda", "multi_gpu": True, "gpus": "all", "max_workers": 1}
+    params = {"profile": "balanced", "device": "cuda", "multi_gpu": True, "gpus": "all", "max_workers": 1}
     params.update(save_label=True, label_tag="original", max_batch_size=1)
     started = httpx.post(f"{site.server.url}/batch/infer/tiny?images=unlabeled", json=params)
     assert started.status_code == 200, started.text
@@ -135,13 +135,13 @@ def test_no_training_is_running(client: MONAILabelClient) -> None:
 def test_a_promoted_version_serves_the_next_request(client: MONAILabelClient, site: Site, tmp_path: Path) -> None:
     store = ModelStore(site.home)
     newer = add_model(store, "tiny", make_model_folder(tmp_path / "newer", seed=77))
-    assert client.infer("tiny", "case01", FAST)[1]["model_version"] == "v1"
+    assert client.infer("tiny", "case01", BALANCED)[1]["model_version"] == "v1"
     store.promote("tiny", newer.version, "test")
     try:
-        label, params = client.infer("tiny", "case01", FAST)
+        label, params = client.infer("tiny", "case01", BALANCED)
         assert params["model_version"] == newer.version
     finally:
         store.rollback("tiny")
-    old, params = client.infer("tiny", "case01", FAST)
+    old, params = client.infer("tiny", "case01", BALANCED)
     assert params["model_version"] == "v1"
     assert not np.array_equal(np.asarray(nib.load(label).dataobj), np.asarray(nib.load(old).dataobj))

@@ -30,7 +30,7 @@ def test_it_serves_the_models_asked_for(server: LiveServer) -> None:
 
 
 def test_it_segments(server: LiveServer, tmp_path: Path) -> None:
-    _, params = server.client(tmp_path).infer("tiny", "case01", {"profile": "fast"})
+    _, params = server.client(tmp_path).infer("tiny", "case01", {"profile": "balanced"})
     assert params["label_names"] == {"liver": 1, "spleen": 2}
 
 

@@ -31,7 +31,7 @@ def tags(site: Site, image: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def prediction(site: Site) -> bytes:
     """The pre-label of ``pair``, which also stays on the server as ``original``."""
-    options = {"profile": "fast", "save_label": True, "label_tag": "original", "result_extension": ".nii.gz"}
+    options = {"profile": "balanced", "save_label": True, "label_tag": "original", "result_extension": ".nii.gz"}
     answer = site.server.infer("two-channels", "image=pair&output=image", options)
     assert answer.status_code == 200, answer.text
     return answer.content

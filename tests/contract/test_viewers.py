@@ -96,7 +96,7 @@ def test_slicers_request_gets_a_uint8_nrrd_on_the_images_grid(site: Site, record
 
 def test_empty_options_mean_the_servers_defaults(site: Site) -> None:
     options = {"device": "", "profile": "", "folds": "", "result_extension": "", "result_dtype": "", "label_prompt": ""}
-    assert site.server.infer("tiny", "image=case02&output=json", {**options, "profile": "fast"}).status_code == 200
+    assert site.server.infer("tiny", "image=case02&output=json", {**options, "profile": "balanced"}).status_code == 200
     answer = site.server.infer("tiny", "image=case02&output=json", options)
     assert answer.json()["provenance"]["profile"] == "accurate"
     assert answer.json()["provenance"]["folds"] == ["0", "1"]
@@ -143,7 +143,7 @@ def test_ohifs_next_sample_has_an_id_a_path_and_a_name(site: Site, recorded: Any
 
 
 def test_slicers_saved_label_keeps_names_and_who(site: Site, recorded: Any) -> None:
-    label = site.server.infer("tiny", "image=case02&output=image", {"profile": "fast"}).content
+    label = site.server.infer("tiny", "image=case02&output=image", {"profile": "balanced"}).content
     request = recorded("slicer_save_label")
     answer = httpx.put(
         f"{site.server.url}/datastore/label?image=case02",
@@ -159,7 +159,9 @@ def test_slicers_saved_label_keeps_names_and_who(site: Site, recorded: Any) -> N
 
 def test_mitk_sends_the_image_as_a_file_and_reads_the_json_part_first(site: Site) -> None:
     image = (site.studies / "case01.nii.gz").read_bytes()
-    answer = site.server.infer("tiny", "", {"result_extension": ".nii.gz", "profile": "fast"}, file=("x.nii.gz", image))
+    answer = site.server.infer(
+        "tiny", "", {"result_extension": ".nii.gz", "profile": "balanced"}, file=("x.nii.gz", image)
+    )
     assert answer.headers["content-type"].startswith("multipart/form-data")
     assert answer.content.index(b'name="params"') < answer.content.index(b'name="image"')
 

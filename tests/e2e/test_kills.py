@@ -94,7 +94,7 @@ class Ward:
     def check(self) -> None:
         """The server answers with a whole version, and every acknowledged label is there."""
         serving = ModelStore(self.home).verify(MODEL)
-        _, params = self.client().infer(MODEL, "case0", {"profile": "fast"})
+        _, params = self.client().infer(MODEL, "case0", {"profile": "balanced"})
         assert params["model_version"] == serving.version
         index = json.loads((self.studies / "datastore_v2.json").read_text())
         for case, marked in dict(self.acknowledged).items():

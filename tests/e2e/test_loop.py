@@ -39,7 +39,7 @@ def ward(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 def correct(ward: Site, case: str, folder: Path) -> None:
     """Predict a case, draw a box for the liver, and submit both segments as 3D Slicer does."""
     client = ward.server.client(folder)
-    client.infer(MODEL, case, {"save_label": True, "label_tag": "original", "profile": "fast"})
+    client.infer(MODEL, case, {"save_label": True, "label_tag": "original", "profile": "balanced"})
     image = nib.load(ward.studies / f"{case}.nii.gz")
     drawn = np.zeros(SHAPE, np.uint8)
     drawn[4:14, 5:15, 3:11], drawn[15:22, 3:10, 4:12] = SCENE["liver"], SCENE["spleen"]
@@ -100,7 +100,7 @@ def test_the_running_server_switches_versions_and_goes_back(ward: Site, tmp_path
     assert newest != "v1"
 
     def serving() -> str:
-        return str(client.infer(MODEL, "case0", {"profile": "fast"})[1]["model_version"])
+        return str(client.infer(MODEL, "case0", {"profile": "balanced"})[1]["model_version"])
 
     store.promote(MODEL, "v1", "test")
     assert serving() == "v1"
@@ -117,10 +117,10 @@ def test_inference_answers_while_a_training_runs_and_stop_keeps_the_version(ward
     deadline = time.monotonic() + 120
     while not client.info()["train_stats"][MODEL].get("epoch") and time.monotonic() < deadline:
         time.sleep(0.3)
-    assert client.infer(MODEL, "case1", {"profile": "fast"})[1]["model_version"] == before
+    assert client.infer(MODEL, "case1", {"profile": "balanced"})[1]["model_version"] == before
     stopped = client.train_stop()
     assert stopped["status"] == "STOPPED"
     assert httpx.get(f"{ward.server.url}/train/?check_if_running=true").status_code == 404
     assert store.current(MODEL).version == before
     assert len(store.versions(MODEL)) == versions
-    assert client.infer(MODEL, "case1", {"profile": "fast"})[1]["model_version"] == before
+    assert client.infer(MODEL, "case1", {"profile": "balanced"})[1]["model_version"] == before

@@ -94,7 +94,7 @@ def test_a_score_is_of_the_state_its_image_was_in(index: CaseIndex) -> None:
 
 def test_a_later_score_replaces_an_earlier_one(index: CaseIndex) -> None:
     index.keep_score("a", "liver", "v1", measured(0.5), state="old")
-    index.keep_score("a", "liver", "v1", measured(0.75), state="new", profile="fast")
+    index.keep_score("a", "liver", "v1", measured(0.75), state="new", profile="balanced")
     assert index.score("a", "liver", "v1", "old") is None
     assert index.scores("liver", "v1") == {"a": as_stored(measured(0.75))}
     assert index.states("liver", "v1") == {"a": "new"}
@@ -376,8 +376,8 @@ def counts(**some: int) -> dict[str, int]:
 
 
 def test_a_batch_keeps_what_it_was_started_with(index: CaseIndex, clock: Clock) -> None:
-    number = index.new_batch("liver", ["c", "a", "b"], "ann", {"profile": "fast", "overwrite": False})
-    options = {"profile": "fast", "overwrite": False}
+    number = index.new_batch("liver", ["c", "a", "b"], "ann", {"profile": "balanced", "overwrite": False})
+    options = {"profile": "balanced", "overwrite": False}
     expected = Batch(number, "liver", "ann", options, clock.now, "running", counts(waiting=3), ())
     assert index.batch(number) == expected
     assert index.batch(number + 1) is None

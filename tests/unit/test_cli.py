@@ -287,7 +287,7 @@ def case(tmp_path: Path) -> Path:
 
 def expected_label(store: ModelStore, *images: Path, model: str = "tiny") -> np.ndarray[Any, Any]:
     folder = ModelFolder.open(store.current(model).model_path)
-    options = PredictOptions(PROFILES["fast"], device="cpu", rules=store.current(model).card.input_rules)
+    options = PredictOptions(PROFILES["balanced"], device="cpu", rules=store.current(model).card.input_rules)
     return NNUNetPredictor(folder, NetworkCache()).predict(images, options).labels.array_xyz
 
 
@@ -295,7 +295,7 @@ def expected_label(store: ModelStore, *images: Path, model: str = "tiny") -> np.
 def test_a_case_is_segmented_on_its_own_grid(
     run: Run, installed: ModelStore, case: Path, tmp_path: Path, name: str
 ) -> None:
-    result = run("predict", "tiny", case, "-o", tmp_path / name, "--profile", "fast", "--device", "cpu")
+    result = run("predict", "tiny", case, "-o", tmp_path / name, "--profile", "balanced", "--device", "cpu")
     assert result.code == 0, result.err
     label = read_volume(tmp_path / name)
     np.testing.assert_array_equal(label.array_xyz, expected_label(installed, case))
@@ -309,7 +309,7 @@ def test_a_folder_as_output_gets_a_file_named_after_the_image(
     run: Run, installed: ModelStore, case: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "labels").mkdir()
-    assert run("predict", "tiny", case, "-o", tmp_path / "labels", "--profile", "fast").code == 0
+    assert run("predict", "tiny", case, "-o", tmp_path / "labels", "--profile", "balanced").code == 0
     assert [path.name for path in (tmp_path / "labels").iterdir()] == ["case_label.nii.gz"]
 
 
@@ -319,7 +319,7 @@ def test_several_channels_are_given_in_order(
     add_model(store, "tumour", two_channels)
     second = make_image(tmp_path / "second.nii.gz", (29, 23, 14), odd_grids()["oblique-left-handed"], seed=8)
     target = tmp_path / "label.nii.gz"
-    assert run("predict", "tumour", case, second, "-o", target, "--profile", "fast").code == 0
+    assert run("predict", "tumour", case, second, "-o", target, "--profile", "balanced").code == 0
     expected = expected_label(store, case, second, model="tumour")
     np.testing.assert_array_equal(read_volume(target).array_xyz, expected)
     result = run("predict", "tumour", case, "-o", target)
@@ -338,7 +338,7 @@ def test_the_clipping_of_the_card_is_applied(
     add_model(store, "clipped", liver_spleen, card_path=card)
     add_model(store, "tiny", liver_spleen)
     target = tmp_path / "label.nii.gz"
-    assert run("predict", "clipped", case, "-o", target, "--profile", "fast").code == 0
+    assert run("predict", "clipped", case, "-o", target, "--profile", "balanced").code == 0
     np.testing.assert_array_equal(read_volume(target).array_xyz, expected_label(store, case, model="clipped"))
     assert np.any(read_volume(target).array_xyz != expected_label(store, case))
 
@@ -537,7 +537,7 @@ FAILURES = [
     (["add", "Bad Id!", "."], ""),
     (["predict", "starter", "a.nii.gz", "-o", "b.nii.gz"], "mshub fetch starter"),
     (["predict", "tiny", "no-such.nii.gz", "-o", "b.nii.gz"], "no-such.nii.gz"),
-    (["predict", "tiny", "{case}", "-o", "b.nii.gz", "--profile", "slow"], "expected one of accurate, fast"),
+    (["predict", "tiny", "{case}", "-o", "b.nii.gz", "--profile", "slow"], "expected one of accurate, balanced, fast"),
     (["predict", "tiny", "{case}", "-o", "b.nii.gz", "--device", "tpu"], "The device 'tpu' is unknown"),
     (["predict", "tiny", "{case}", "-o", "b.nii.gz", "--folds", "0, 4"], "Fold 4 was asked for"),
     (["serve"], "either --studies DIR"),

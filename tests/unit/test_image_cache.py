@@ -23,7 +23,7 @@ from mshub.nnunet.network_cache import NetworkCache
 from mshub.nnunet.predictor import PROFILES, NNUNetPredictor, PredictOptions
 
 SHAPE = (29, 23, 14)
-CPU = PredictOptions(PROFILES["fast"], device="cpu")
+CPU = PredictOptions(PROFILES["balanced"], device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ LIBRARY_LAYERS = (
     *("nnunet.kernels", "nnunet.half_precision", "nnunet.window_kernels", "nnunet.export_kernels"),
     *("nnunet.device_export", "nnunet.export"),
     *("nnunet.devices", "nnunet.measures", "nnunet.sliding_window"),
-    *("nnunet.openvino_network", "nnunet.resampling", "nnunet.preprocessing", "nnunet.engine"),
+    *("nnunet.openvino_network", "nnunet.resampling", "nnunet.body", "nnunet.preprocessing", "nnunet.engine"),
     *("nnunet.network_cache", "nnunet.reading"),
     *("nnunet.image_cache", "nnunet.predictor", "nnunet.profile_figures"),
     *("nnunet.model_writing", "nnunet.v1_files", "nnunet.v1_network", "nnunet.v1_plans"),

@@ -106,7 +106,7 @@ def test_a_single_map_says_nothing() -> None:
 # -- in the pass ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("profile", ["accurate", "fast"])
+@pytest.mark.parametrize("profile", ["accurate", "balanced"])
 def test_measuring_changes_no_voxel(folder: Path, image: Path, profile: str) -> None:
     labels = [
         predictor(folder).predict([image], PredictOptions(PROFILES[profile], device="cpu", measure=measure)).labels
@@ -146,7 +146,7 @@ def test_mirrored_copies_are_compared_with_each_other(tmp_path: Path) -> None:
 
 
 def test_without_mirroring_copies_cannot_disagree(folder: Path, image: Path) -> None:
-    found = measured(folder, image, "fast", folds=("0",))
+    found = measured(folder, image, "balanced", folds=("0",))
     assert found.mirror_dice is None
     assert found.agreement == pytest.approx(found.soft_dice)
 
@@ -222,10 +222,10 @@ def test_slices_of_a_2d_model_are_measured(tmp_path: Path, image: Path) -> None:
 def test_the_embedding_is_that_of_the_first_fold_and_tells_images_apart(
     tmp_path: Path, folder: Path, image: Path
 ) -> None:
-    own = measured(folder, image, "fast", folds=("0",)).embedding
+    own = measured(folder, image, "balanced", folds=("0",)).embedding
     assert own == pytest.approx(measured(folder, image).embedding)
     other = measured(
-        folder, make_image(tmp_path / "other.nii.gz", SHAPE, scaled(1.5, 1.5, 2.5), seed=9), "fast"
+        folder, make_image(tmp_path / "other.nii.gz", SHAPE, scaled(1.5, 1.5, 2.5), seed=9), "balanced"
     ).embedding
     assert len(own) == 2 * 8  # mean and spread of 8 features
     assert not np.allclose(own, other)

@@ -29,7 +29,7 @@ from mshub.volume_io import read_grid, read_volume
 from nnunet_itself import nnunet_label
 
 CPU = torch.device("cpu")
-FAST, ACCURATE = PredictOptions(PROFILES["fast"], device="cpu"), PredictOptions(device="cpu")
+BALANCED, ACCURATE = PredictOptions(PROFILES["balanced"], device="cpu"), PredictOptions(device="cpu")
 SHAPE = (29, 23, 14)
 
 
@@ -39,7 +39,7 @@ def cache() -> NetworkCache:
 
 
 def predict(
-    folder: Path, *images: Path, options: PredictOptions = FAST, cache: NetworkCache | None = None, **more: Any
+    folder: Path, *images: Path, options: PredictOptions = BALANCED, cache: NetworkCache | None = None, **more: Any
 ) -> Prediction:
     return NNUNetPredictor(ModelFolder.open(folder), cache or NetworkCache()).predict(images, options, **more)
 
@@ -62,20 +62,20 @@ def assert_equal_to_nnunet(folder: Path, images: Sequence[Path], work: Path, opt
     ("model", "grid", "options"),
     [
         pytest.param({"folds": ("0", "1")}, "oblique-left-handed", ACCURATE, id="two folds, mirrored"),
-        pytest.param({"transpose": (2, 0, 1)}, "-z+x-y", FAST, id="transposed"),
+        pytest.param({"transpose": (2, 0, 1)}, "-z+x-y", BALANCED, id="transposed"),
         pytest.param({"transpose": (1, 2, 0), "mirror_axes": (0, 2)}, "+y+z+x", ACCURATE, id="transposed, mirrored"),
         pytest.param({"patch": (24, 20), "mirror_axes": (0, 1)}, "-x+y+z", ACCURATE, id="2d"),
-        pytest.param({"patch": (20, 24), "transpose": (1, 0, 2)}, "+x+y-z", FAST, id="2d, transposed"),
-        pytest.param({"reader": "NibabelIO"}, "oblique", FAST, id="NibabelIO"),
-        pytest.param({"reader": "NibabelIOWithReorient"}, "-z+x-y", FAST, id="NibabelIOWithReorient"),
-        pytest.param({"reader": "NibabelIOWithReorient"}, "oblique-left-handed", FAST, id="reoriented, oblique"),
-        pytest.param({"reader": "SimpleITKIOWithReorient"}, "+x-y+z", FAST, id="SimpleITKIOWithReorient"),
+        pytest.param({"patch": (20, 24), "transpose": (1, 0, 2)}, "+x+y-z", BALANCED, id="2d, transposed"),
+        pytest.param({"reader": "NibabelIO"}, "oblique", BALANCED, id="NibabelIO"),
+        pytest.param({"reader": "NibabelIOWithReorient"}, "-z+x-y", BALANCED, id="NibabelIOWithReorient"),
+        pytest.param({"reader": "NibabelIOWithReorient"}, "oblique-left-handed", BALANCED, id="reoriented, oblique"),
+        pytest.param({"reader": "SimpleITKIOWithReorient"}, "+x-y+z", BALANCED, id="SimpleITKIOWithReorient"),
         pytest.param({"mirror_axes": None}, "slightly-oblique", ACCURATE, id="mirroring not allowed"),
-        pytest.param({"folds": ("all",)}, "thick-first-axis", FAST, id="fold all"),
+        pytest.param({"folds": ("all",)}, "thick-first-axis", BALANCED, id="fold all"),
         pytest.param(
             {"checkpoint_name": "checkpoint_best.pth", "spacing_zyx_mm": (5.0, 1.2, 1.4)},
             "very-anisotropic",
-            FAST,
+            BALANCED,
             id="best checkpoint, anisotropic",
         ),
     ],
@@ -99,7 +99,7 @@ def test_two_channels_and_regions_are_as_nnunet_has_them(tmp_path: Path, reader:
     affine = odd_grids()["-y-x-z"]
     images = [make_image(tmp_path / f"case_{index:04d}.nii.gz", SHAPE, affine, seed=index) for index in range(2)]
     assert ModelFolder.open(folder).labels.names == ("core", "whole", "enhancing")
-    assert_equal_to_nnunet(folder, images, tmp_path, FAST)
+    assert_equal_to_nnunet(folder, images, tmp_path, BALANCED)
     swapped = predict(folder, *reversed(images))
     assert np.any(swapped.labels.array_xyz != predict(folder, *images).labels.array_xyz), "the channels differ"
 
@@ -110,7 +110,7 @@ def test_other_formats_are_read_by_nnunets_own_reader(
 ) -> None:
     copy = tmp_path / f"case{ending}"
     sitk.WriteImage(sitk.ReadImage(str(image)), str(copy))
-    assert_equal_to_nnunet(liver_spleen, [copy], tmp_path, FAST)
+    assert_equal_to_nnunet(liver_spleen, [copy], tmp_path, BALANCED)
 
 
 @pytest.mark.parametrize("ending", [".nrrd", ".mha", ".nii"])
@@ -148,7 +148,7 @@ def test_clipping_equals_predicting_a_clipped_file(liver_spleen: Path, image: Pa
     clipped = np.clip(np.asarray(loaded.dataobj), low, high).astype(np.int16)
     assert np.mean(clipped != np.asarray(loaded.dataobj)) > 0.2
     nib.save(nib.Nifti1Image(clipped, loaded.affine, loaded.header), tmp_path / "clipped.nii.gz")
-    options = PredictOptions(PROFILES["fast"], device="cpu", rules=InputRules((low, high)))
+    options = PredictOptions(PROFILES["balanced"], device="cpu", rules=InputRules((low, high)))
     found = predict(liver_spleen, image, options=options)
     expected = predict(liver_spleen, tmp_path / "clipped.nii.gz")
     np.testing.assert_array_equal(found.labels.array_xyz, expected.labels.array_xyz)
@@ -171,7 +171,7 @@ def test_a_model_made_for_another_orientation_sees_what_nnunet_sees_of_a_turned_
     turned = tmp_path / "turned.nii.gz"
     sitk.WriteImage(sitk.DICOMOrient(sitk.ReadImage(str(image)), orientation), str(turned))
     expected = Volume(nnunet_label(folder, [turned], tmp_path / "o", ("0",), mirroring=False), read_grid(turned))
-    options = PredictOptions(PROFILES["fast"], device="cpu", rules=InputRules(orientation=orientation))
+    options = PredictOptions(PROFILES["balanced"], device="cpu", rules=InputRules(orientation=orientation))
     prediction = predict(folder, image, options=options)
     back = expected.turned(read_grid(image).orientation)
     np.testing.assert_array_equal(prediction.labels.array_xyz, back.array_xyz)
@@ -182,7 +182,7 @@ def test_a_model_made_for_another_orientation_sees_what_nnunet_sees_of_a_turned_
 def test_an_image_that_lies_as_the_model_wants_it_is_read_as_it_is(tmp_path: Path, liver_spleen: Path) -> None:
     image = make_image(tmp_path / "case.nii.gz", SHAPE, odd_grids()["+x+y+z"])
     rules = InputRules(orientation=read_grid(image).orientation)
-    found = predict(liver_spleen, image, options=PredictOptions(PROFILES["fast"], device="cpu", rules=rules))
+    found = predict(liver_spleen, image, options=PredictOptions(PROFILES["balanced"], device="cpu", rules=rules))
     np.testing.assert_array_equal(found.labels.array_xyz, predict(liver_spleen, image).labels.array_xyz)
 
 
@@ -192,7 +192,7 @@ def test_a_prediction_says_how_it_was_made(liver_spleen: Path, image: Path) -> N
         "configuration": "3d_fullres",
         "trainer": "nnUNetTrainer",
         "folds": ["0"],
-        "profile": "fast",
+        "profile": "balanced",
         "runtime": "torch",
         "device": "cpu",
         "input_clip": None,
@@ -224,7 +224,7 @@ def test_progress_is_monotone_and_ends_at_the_total(tmp_path: Path, image: Path,
 def test_a_chosen_fold_is_used_alone(tmp_path: Path, image: Path) -> None:
     folder = make_model_folder(tmp_path / "two", folds=("0", "1"))
     alone = make_model_folder(tmp_path / "one", folds=("1",), seed=1)
-    chosen = predict(folder, image, options=PredictOptions(PROFILES["fast"], folds=("1",), device="cpu"))
+    chosen = predict(folder, image, options=PredictOptions(PROFILES["balanced"], folds=("1",), device="cpu"))
     np.testing.assert_array_equal(chosen.labels.array_xyz, predict(alone, image).labels.array_xyz)
     assert chosen.provenance["folds"] == ["1"]
 
@@ -443,11 +443,11 @@ def test_a_device_computes_one_case_at_a_time(
 
     monkeypatch.setattr(Engine, "logits", watched)
     predictors = [NNUNetPredictor(folder, cache) for folder in three_folders]
-    expected = [predictor.predict([image], FAST).labels.array_xyz for predictor in predictors]
+    expected = [predictor.predict([image], BALANCED).labels.array_xyz for predictor in predictors]
     found: dict[int, Any] = {}
 
     def work(index: int) -> None:
-        found[index] = predictors[index % 3].predict([image], FAST).labels.array_xyz
+        found[index] = predictors[index % 3].predict([image], BALANCED).labels.array_xyz
 
     run_together(*[lambda index=index: work(index) for index in range(6)])
     assert overlap.most == 1
@@ -533,9 +533,9 @@ def test_a_warm_predictor_loads_nothing_when_it_is_asked(
 ) -> None:
     predictor = NNUNetPredictor(ModelFolder.open(liver_spleen), NetworkCache())
     expected = predict(liver_spleen, image).labels.array_xyz
-    predictor.warm(FAST)
+    predictor.warm(BALANCED)
     monkeypatch.setattr(network_cache_module, "Engine", raising(AssertionError("loaded again")))
-    np.testing.assert_array_equal(predictor.predict([image], FAST).labels.array_xyz, expected)
+    np.testing.assert_array_equal(predictor.predict([image], BALANCED).labels.array_xyz, expected)
 
 
 @pytest.mark.usefixtures("fake_engines")

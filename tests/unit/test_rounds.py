@@ -129,7 +129,7 @@ def predictions(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     def spy(self: Evaluator, case: ReviewedCase) -> Any:
         path = self._folder.path
         who = path.parent.name if path.name == "model" else path.name
-        glance = "'s glance" if self._options.profile == PROFILES["fast"] else ""
+        glance = "'s glance" if self._options.profile == PROFILES["balanced"] else ""
         asked.append((who + glance, case.case_id))
         return original(self, case)
 

@@ -29,7 +29,7 @@ from mshub.recipe import Recipe
 from reviewed import array_of, make_case, make_cases
 
 CPU = torch.device("cpu")
-FAST = PredictOptions(PROFILES["fast"], device="cpu")
+BALANCED = PredictOptions(PROFILES["balanced"], device="cpu")
 TINY: dict[str, Any] = {"spacing_zyx_mm": (3.1, 1.3, 1.7), "patch": (8, 16, 16)}
 """Of a model whose patches are small and whose voxels are those of the cases."""
 
@@ -114,7 +114,7 @@ def written(model: ModelFolder, fit: Fit, path: Path) -> ModelFolder:
 
 
 def predicted(model: ModelFolder, case: ReviewedCase) -> Array:
-    return NNUNetPredictor(model, NetworkCache()).predict(case.images, FAST).labels.array_xyz
+    return NNUNetPredictor(model, NetworkCache()).predict(case.images, BALANCED).labels.array_xyz
 
 
 def parent_weights(model: ModelFolder, fold: str = "0") -> dict[str, torch.Tensor]:

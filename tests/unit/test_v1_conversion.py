@@ -110,7 +110,7 @@ def test_the_fast_profile_leaves_mirroring_out(converted: dict[str, ModelFolder]
     images, ticks = write_v1_images(tmp_path, "anisotropic", ANISOTROPIC), []
     predictor = NNUNetPredictor(converted["anisotropic"], NetworkCache())
     accurate = predictor.predict(images, CPU).labels.array_xyz
-    fast = predictor.predict(images, replace(CPU, profile=PROFILES["fast"]), lambda *tick: ticks.append(tick))
+    fast = predictor.predict(images, replace(CPU, profile=PROFILES["balanced"]), lambda *tick: ticks.append(tick))
     assert 0 < np.count_nonzero(fast.labels.array_xyz != accurate) < accurate.size // 2
     assert ticks == [(number, len(ticks)) for number in range(1, len(ticks) + 1)]
 

@@ -112,7 +112,9 @@ class Engine:
         self._window.run_instead(networks)
         self.runtime, self.nbytes = "openvino", sum(network.nbytes for network in networks)
 
-    def preprocess(self, data: Array, properties: dict[str, Any]) -> tuple[Array, dict[str, Any]]:
+    def preprocess(
+        self, data: Array, properties: dict[str, Any], body_only: bool = False
+    ) -> tuple[Array, dict[str, Any]]:
         """Crop, normalise and resample.
 
         Parameters
@@ -121,6 +123,8 @@ class Engine:
             As nnU-Net's reader returns it.
         properties : dict
             nnU-Net's properties; needs ``spacing`` (z, y, x in mm).
+        body_only : bool
+            Of a CT image, leave out the air around the body.
 
         Returns
         -------
@@ -128,7 +132,7 @@ class Engine:
         properties : dict
             With what `segmentation` needs to go back.
         """
-        return preprocess(self._folder, data, properties)
+        return preprocess(self._folder, data, properties, body_only=body_only)
 
     def warm(self) -> None:
         """Run every stage on one small tile of noise: libraries are imported, loops compiled, memory set aside."""

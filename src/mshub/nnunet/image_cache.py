@@ -77,7 +77,7 @@ class ImageCache:
         return image
 
 
-def image_key(images: Sequence[Path], rules: InputRules, folder: ModelFolder) -> str:
+def image_key(images: Sequence[Path], rules: InputRules, folder: ModelFolder, *, body_only: bool = False) -> str:
     """Return a key that is another one if a file, or what is done to it before the network, is another.
 
     Parameters
@@ -86,6 +86,7 @@ def image_key(images: Sequence[Path], rules: InputRules, folder: ModelFolder) ->
         One file or DICOM folder per channel. A file counts as another as soon as it was written to.
     rules : InputRules
     folder : ModelFolder
+    body_only : bool
     """
     files = [file for image in images for file in (sorted(image.rglob("*")) if image.is_dir() else [image])]
     stamps = [_stamp(file) for file in files]
@@ -93,7 +94,7 @@ def image_key(images: Sequence[Path], rules: InputRules, folder: ModelFolder) ->
         name: value for name, value in folder.configuration_manager.configuration.items() if name != "architecture"
     }
     plans = {name: folder.plans_manager.plans.get(name) for name in PLANS_OF_PREPROCESSING}
-    done = [rules.clip, rules.orientation, folder.predicts_as_v1, configuration, plans]
+    done = [rules.clip, rules.orientation, body_only, folder.predicts_as_v1, configuration, plans]
     return json.dumps([[str(image) for image in images], stamps, done], sort_keys=True, default=str)
 
 

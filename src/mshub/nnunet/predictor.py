@@ -40,18 +40,22 @@ class Profile:
         Average over all flips the model allows (test-time augmentation).
     step : float
         Distance of neighbouring tiles as a fraction of the tile, in (0, 1].
+    body_only : bool
+        Of CT images, only the body is looked at: see `mshub.nnunet.body`.
     """
 
     name: str
     mirroring: bool
     step: float
+    body_only: bool = False
 
 
 PROFILES = {
     profile.name: profile
     for profile in (
         Profile("accurate", mirroring=True, step=0.5),  # nnU-Net's own defaults
-        Profile("fast", mirroring=False, step=0.5),
+        Profile("balanced", mirroring=False, step=0.5),  # nnU-Net's with --disable_tta
+        Profile("fast", mirroring=False, step=0.75, body_only=True),
     )
 }
 
@@ -242,7 +246,7 @@ class NNUNetPredictor:
     @contextmanager
     def _ready(self, images: Sequence[Path], run: _Run) -> Iterator[tuple[Engine, PreparedImage]]:
         """Hold the device with its network, and the case as the network takes it."""
-        key = image_key(images, run.options.rules, self.folder)
+        key = image_key(images, run.options.rules, self.folder, body_only=run.options.profile.body_only)
         kept = self._images.get(key)
         make = self._read(images, run) if kept is None else lambda _: kept
         run.clock.lap("read")
@@ -261,7 +265,9 @@ class NNUNetPredictor:
         volumes = read_channels(images, self.folder.channels)
         run.grid = volumes[0].grid
         reader = self.folder.plans_manager.image_reader_writer_class()
-        return partial(_prepare, *read_as_nnunet(images, volumes, reader, run.options.rules), run.grid)
+        return partial(
+            _prepare, *read_as_nnunet(images, volumes, reader, run.options.rules), run.grid, run.options.profile
+        )
 
     def _logits(self, engine: Engine, image: PreparedImage, run: _Run, measures: Measures | None) -> torch.Tensor:
         """Return the network's output."""
@@ -328,8 +334,8 @@ class _Run:
     grid: Grid | None = None
 
 
-def _prepare(data: Array, properties: dict[str, Any], grid: Grid, engine: Engine) -> PreparedImage:
-    prepared, properties = engine.preprocess(data, properties)
+def _prepare(data: Array, properties: dict[str, Any], grid: Grid, profile: Profile, engine: Engine) -> PreparedImage:
+    prepared, properties = engine.preprocess(data, properties, profile.body_only)
     return PreparedImage(prepared, properties, grid)
 
 

@@ -31,6 +31,7 @@ from scipy.ndimage import binary_fill_holes
 
 from mshub.errors import ModelFolderError
 from mshub.geometry import Array
+from mshub.nnunet.body import Box, body_box
 from mshub.nnunet.folder import ModelFolder
 from mshub.nnunet.resampling import resample
 
@@ -93,7 +94,9 @@ def preprocessor_of(folder: ModelFolder) -> DefaultPreprocessor:
     return folder.configuration_manager.preprocessor_class(verbose=False)
 
 
-def preprocess(folder: ModelFolder, data: Array, properties: dict[str, Any]) -> tuple[Array, dict[str, Any]]:
+def preprocess(
+    folder: ModelFolder, data: Array, properties: dict[str, Any], *, body_only: bool = False
+) -> tuple[Array, dict[str, Any]]:
     """Prepare an image for a prediction; what `preprocessor_of` gives, to the rounding of float32.
 
     Parameters
@@ -103,6 +106,8 @@ def preprocess(folder: ModelFolder, data: Array, properties: dict[str, Any]) -> 
         As nnU-Net's reader returns it. It is not changed.
     properties : dict
         nnU-Net's properties; needs ``spacing`` (z, y, x in mm).
+    body_only : bool
+        Leave out what is not the body, where the model is for CT; nnU-Net itself only leaves out zeros.
 
     Returns
     -------
@@ -111,7 +116,7 @@ def preprocess(folder: ModelFolder, data: Array, properties: dict[str, Any]) -> 
         With what nnU-Net's export needs: shapes in network axes before and after cropping, and the bounding box.
     """
     data = data.astype(np.float32, copy=False)
-    frame = _Frame.of(folder, data, properties["spacing"]) if _is_stock(folder) else None
+    frame = _Frame.of(folder, data, properties["spacing"], body_only) if _is_stock(folder) else None
     if frame is None or 0 in frame.shape:
         prepared, _, properties = preprocessor_of(folder).run_case_npy(
             data, None, dict(properties), folder.plans_manager, folder.configuration_manager, folder.dataset
@@ -149,9 +154,11 @@ class _Frame:
     separate_axis: int | None
 
     @classmethod
-    def of(cls, folder: ModelFolder, data: Array, spacing_zyx: list[float]) -> _Frame:
+    def of(cls, folder: ModelFolder, data: Array, spacing_zyx: list[float], body_only: bool = False) -> _Frame:
         forward, configuration = folder.plans_manager.transpose_forward, folder.configuration_manager
         box_zyx = _nonzero_box(data)
+        if body_only:
+            box_zyx = _common(box_zyx, _body_box(folder, data, spacing_zyx))
         box, spacing = [box_zyx[axis] for axis in forward], [spacing_zyx[axis] for axis in forward]
         target = [*spacing[: 3 - len(configuration.spacing)], *configuration.spacing]  # a 2d network takes any slices
         shape = compute_new_shape([stop - start for start, stop in box], spacing, target)
@@ -208,6 +215,20 @@ def _nonzero_box(data: Array) -> list[list[int]]:
         stop = next(place for place in range(size, start, -1) if planes[place - 1].any())
         box.append([start, stop])
     return box
+
+
+def _body_box(folder: ModelFolder, data: Array, spacing_zyx: list[float]) -> Box | None:
+    """Return where the body is in a CT image; None without one, or where other voxels decide how it is normalised."""
+    schemes = folder.configuration_manager.normalization_schemes
+    if CTNormalization.__name__ not in schemes or not {scheme.__name__ for scheme in _VOXELWISE} >= set(schemes):
+        return None
+    return body_box(data[schemes.index(CTNormalization.__name__)], spacing_zyx)
+
+
+def _common(box: Box, other: Box | None) -> Box:
+    """Return what two boxes have in common; the first if they do not meet, or there is no other."""
+    common = [[max(one[0], two[0]), min(one[1], two[1])] for one, two in zip(box, other or box, strict=True)]
+    return common if all(start < stop for start, stop in common) else box
 
 
 def _prepare(folder: ModelFolder, frame: _Frame, data: Array, prepared: Array) -> None:

@@ -43,7 +43,7 @@ def make_app(tmp_path: Path, studies: Path) -> MakeApp:
     """Make the app on the store of this test, as MONAI Label does."""
 
     def make(**conf: str) -> MSHubApp:
-        return MSHubApp(str(tmp_path / "app"), str(studies), {"profile": "fast", "device": "cpu", **conf})
+        return MSHubApp(str(tmp_path / "app"), str(studies), {"profile": "balanced", "device": "cpu", **conf})
 
     return make
 
@@ -259,7 +259,7 @@ def test_a_bad_image_of_a_batch_is_told_in_its_place_and_the_others_are_done(app
     (studies / "bad.nii.gz").write_bytes(b"no image")
     app.datastore().refresh()
     default_body = {"device": "cuda", "multi_gpu": True, "gpus": "all", "max_workers": 1, "save_label": True}
-    result = app.batch_infer({"model": "tiny", "images": ["a", "bad"], "profile": "fast", **default_body})
+    result = app.batch_infer({"model": "tiny", "images": ["a", "bad"], "profile": "balanced", **default_body})
     assert "damaged" in result["bad"]["error"]
     assert result["a"]["params"]["label_names"]
     assert "original" in app.datastore().get_labels_by_image_id("a")

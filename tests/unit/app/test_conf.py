@@ -17,9 +17,9 @@ def test_without_options_everything_installed_is_served_accurately(home: Path) -
 
 
 def test_conf_wins_over_the_environment_and_that_over_the_defaults() -> None:
-    environment = {"MSHUB_HOME": "/srv/models", "MSHUB_DEVICE": "cuda:1", "MSHUB_PROFILE": "fast", "PATH": "/bin"}
+    environment = {"MSHUB_HOME": "/srv/models", "MSHUB_DEVICE": "cuda:1", "MSHUB_PROFILE": "balanced", "PATH": "/bin"}
     config = Config.parse({"device": "cpu", "cache_gb": "2.5"}, environment)
-    assert config == Config(home=Path("/srv/models"), device="cpu", profile="fast", cache_gb=2.5)
+    assert config == Config(home=Path("/srv/models"), device="cpu", profile="balanced", cache_gb=2.5)
 
 
 def test_an_empty_value_means_not_set(home: Path) -> None:
@@ -56,7 +56,7 @@ def test_an_unknown_option_is_refused_with_the_nearest_known_one(
 @pytest.mark.parametrize(
     ("conf", "message"),
     [
-        ({"profile": "turbo"}, "profile is 'turbo'; expected one of accurate, fast"),
+        ({"profile": "turbo"}, "profile is 'turbo'; expected one of accurate, balanced, fast"),
         ({"engine": "tensorrt"}, "engine is 'tensorrt'; expected one of auto, torch, openvino"),
         ({"images_gb": "-1"}, "images_gb is '-1'; expected a number of gigabytes from 0"),
         ({"cache_gb": "lots"}, "cache_gb is 'lots'; expected a positive number of gigabytes"),

@@ -40,8 +40,8 @@ def activity() -> Activity:
 
 @pytest.fixture
 def task(installed: ModelStore, cache: NetworkCache, activity: Activity) -> NNUNetInferTask:
-    """The task of the model ``tiny``; profile fast, on the CPU, unless a request says otherwise."""
-    config = Config(home=installed.home, device="cpu", profile="fast", engine="torch")
+    """The task of the model ``tiny``; profile balanced, on the CPU, unless a request says otherwise."""
+    config = Config(home=installed.home, device="cpu", profile="balanced", engine="torch")
     return NNUNetInferTask("tiny", installed, cache, config, activity)
 
 
@@ -68,7 +68,7 @@ def refusal(call: Callable[..., Any], **request: Any) -> tuple[int, str]:
     return caught.value.status_code, str(caught.value.detail)
 
 
-def expected(store: ModelStore, *images: Path, profile: str = "fast") -> np.ndarray[Any, Any]:
+def expected(store: ModelStore, *images: Path, profile: str = "balanced") -> np.ndarray[Any, Any]:
     from mshub.nnunet.folder import ModelFolder
 
     folder = ModelFolder.open(store.current("tiny").model_path)
@@ -100,7 +100,7 @@ def test_options_are_lists_of_text_with_the_default_first(
     installed: ModelStore, cache: NetworkCache, activity: Activity, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lib.infers.nnunet.available_devices", lambda: ["cuda:0", "cuda:1", "cpu"])
-    for profile, device in (("fast", "cuda:1"), ("accurate", "cpu")):
+    for profile, device in (("balanced", "cuda:1"), ("accurate", "cpu")):
         config = Config(home=installed.home, device=device, profile=profile)
         options = NNUNetInferTask("tiny", installed, cache, config, activity).config()
         assert set(options) == {"device", "profile", "folds"}
@@ -151,7 +151,7 @@ def test_the_label_is_the_predictors_on_the_grid_of_the_image(
     }
     assert params["centroids"] == {}
     assert (params["model"], params["model_version"]) == ("tiny", "v1")
-    assert params["provenance"]["profile"] == "fast"
+    assert params["provenance"]["profile"] == "balanced"
     stages = {key: value for key, value in params["latencies"].items() if key != "total"}
     assert {"read", "load", "preprocess", "network", "measure", "export", "write"} == set(stages)
     assert params["latencies"]["total"] == pytest.approx(sum(stages.values()), abs=0.01)
@@ -209,7 +209,7 @@ def test_compression_is_the_clients_choice(infer: Callable[..., Any], sent: Any,
         ({"result_extension": "/../../x.nrrd"}, "result_extension is "),
         ({"result_dtype": "float64"}, "result_dtype is 'float64'; expected one of uint8"),
         ({"result_dtype": ["uint8"]}, "result_dtype is ['uint8']"),
-        ({"profile": "turbo"}, "The profile 'turbo' is unknown: expected one of accurate, fast"),
+        ({"profile": "turbo"}, "The profile 'turbo' is unknown: expected one of accurate, balanced, fast"),
         ({"device": "tpu"}, "The device 'tpu' is unknown"),
         ({"folds": "3"}, "Fold 3 was asked for; this model has fold 0"),
         ({"label_prompt": [3]}, "not the model's"),
@@ -304,7 +304,7 @@ def test_several_channels_are_read_in_order(
     store: ModelStore, two_channels: Path, image: Path, tmp_path: Path, cache: NetworkCache, activity: Activity
 ) -> None:
     add_model(store, "tiny", two_channels)
-    task = NNUNetInferTask("tiny", store, cache, Config(home=store.home, profile="fast", engine="torch"), activity)
+    task = NNUNetInferTask("tiny", store, cache, Config(home=store.home, profile="balanced", engine="torch"), activity)
     second = make_image(tmp_path / "second.nii.gz", (29, 23, 14), odd_grids()["oblique-left-handed"], seed=4)
     path, params = task({"image": str(image), "channels": [str(image), str(second)]})
     np.testing.assert_array_equal(read_volume(Path(path)).array_xyz, expected(store, image, second))

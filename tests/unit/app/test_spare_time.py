@@ -36,7 +36,7 @@ def app(installed: ModelStore, tmp_path: Path) -> MSHubApp:
     """The app with the model ``tiny`` and three images, nobody at work."""
     for number, name in enumerate(NAMES):
         make_image(tmp_path / "studies" / f"{name}.nii.gz", SHAPE, seed=number)
-    conf = {"device": "cpu", "profile": "fast", "audit_every": "0"}
+    conf = {"device": "cpu", "profile": "balanced", "audit_every": "0"}
     return MSHubApp(str(tmp_path / "app"), str(tmp_path / "studies"), conf)
 
 
@@ -164,7 +164,7 @@ def test_an_image_that_cannot_be_predicted_is_tried_once(app: MSHubApp, spare: S
 
 
 def test_of_many_cases_only_a_sample_is_looked_at(app: MSHubApp) -> None:
-    config = Config(app.config.home, device="cpu", profile="fast", idle_cases=2)
+    config = Config(app.config.home, device="cpu", profile="balanced", idle_cases=2)
     spare = spare_time_of(app, config)
     while spare.once() == 0.0:
         pass
@@ -172,13 +172,13 @@ def test_of_many_cases_only_a_sample_is_looked_at(app: MSHubApp) -> None:
 
 
 def test_no_budget_no_look(app: MSHubApp) -> None:
-    spare = spare_time_of(app, Config(app.config.home, device="cpu", profile="fast", idle_minutes=0))
+    spare = spare_time_of(app, Config(app.config.home, device="cpu", profile="balanced", idle_minutes=0))
     assert spare.once() > 0
     assert known(app) == set()
 
 
 def test_the_budget_of_an_hour_is_kept(app: MSHubApp) -> None:
-    spare = spare_time_of(app, Config(app.config.home, device="cpu", profile="fast", idle_minutes=0.0001))
+    spare = spare_time_of(app, Config(app.config.home, device="cpu", profile="balanced", idle_minutes=0.0001))
     spare.once()
     assert spare.once() > 0
     assert len(known(app)) == 1
@@ -323,7 +323,7 @@ def test_a_stopped_batch_goes_on_where_it_was_also_after_a_restart(app: MSHubApp
     assert spare.once() == 0.0  # looks at a case instead
     assert prelabelled(app) == {"a"}
     app.active_learning.casebook.index.close()
-    again = MSHubApp(str(Path(app.studies).parent / "app"), app.studies, {"device": "cpu", "profile": "fast"})
+    again = MSHubApp(str(Path(app.studies).parent / "app"), app.studies, {"device": "cpu", "profile": "balanced"})
     again.active_learning.resume(batch)
     spare = spare_time_of(again)
     spare.once()

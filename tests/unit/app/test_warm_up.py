@@ -77,7 +77,7 @@ def test_the_first_request_loads_nothing(
     installed: ModelStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_image(tmp_path / "studies" / "a.nii.gz", (29, 23, 14))
-    app = MSHubApp(str(tmp_path / "app"), str(tmp_path / "studies"), {"device": "cpu", "profile": "fast"})
+    app = MSHubApp(str(tmp_path / "app"), str(tmp_path / "studies"), {"device": "cpu", "profile": "balanced"})
     assert app.status()["loaded"] == []
     app._warm_up.run()
     assert app.status()["loaded"] == ["models/tiny/v1/model"]
