@@ -94,7 +94,7 @@ def _request_arms(case: Case, settings: Settings) -> Iterator[Json]:
 
 
 def too_large(case: Case, part: str, arm: Json, limit: int) -> Json | None:
-    """Return why an arm cannot run within `limit` bytes, and what it needs beside the network's output; None if it can."""
+    """Return why an arm cannot run within `limit` bytes, and what it needs beside the logits; None if it can."""
     from speed_cases import logits_bytes, nnunet_export_bytes
 
     if part == "preprocessing":

@@ -220,6 +220,12 @@ def request_table(part: Part, case: Json) -> str:
     return table([*head, "differing voxels"], rows)
 
 
+def _foreground(part: Part, case: str) -> str:
+    """Say what share of the voxels structures have."""
+    shares = [share for arm in part.arms(case) for share in part.values(case, arm, lambda run: run.get("foreground"))]
+    return f", structures {shares[0]:.0%}" if shares else ""
+
+
 def stage_table(part: Part, case: Json) -> str:
     """Return seconds and peak of each stage of the arms that tell them."""
     arms = [arm for arm in part.arms(case["name"]) if _stages(part, case["name"], arm)]
@@ -390,7 +396,7 @@ def request_section(part: Part, images: Path) -> str:
     for case in part.cases:
         geometry = case["geometry"]
         network = grid(case["network_shape"], geometry["network_spacing"])
-        where = f"{grid(geometry['shape'], geometry['spacing'])}, network {network}"
+        where = f"{grid(geometry['shape'], geometry['spacing'])}, network {network}{_foreground(part, case['name'])}"
         lines += [f"**{case['name']}** ({where})\n", request_table(part, case), stage_table(part, case)]
     return "\n".join([*lines, f"![Time of each stage]({images.name}/performance-stages.png)\n"])
 

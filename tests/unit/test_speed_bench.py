@@ -13,7 +13,8 @@ import speed
 import speed_arms
 import speed_cases
 import speed_report
-from speed_cases import Case, Geometry
+from speed_cases import Case
+from speed_phantoms import Geometry, write_logits
 
 GEOMETRY = Geometry((9, 40, 44), (2.5, 0.977, 0.977), (3.0, 1.0, 1.0))
 CASE = Case("export", "tiny", GEOMETRY, heads=3, curves=("slices", "classes"))
@@ -151,7 +152,7 @@ def test_the_projects_page_has_its_markers() -> None:
 
 def test_made_up_outputs_are_the_same_every_time_with_few_surfaces(tmp_path: Path) -> None:
     geometry = Geometry((40, 256, 256), (2.5, 2.0, 2.0), (3.0, 2.0, 2.0))
-    borders = [speed_cases.write_logits(tmp_path / f"{name}.npy", geometry, 5, False) for name in "ab"]
+    borders = [write_logits(tmp_path / f"{name}.npy", geometry, 5, False) for name in "ab"]
     one, other = (np.load(tmp_path / f"{name}.npy") for name in "ab")
     np.testing.assert_array_equal(one, other)
     assert one.dtype == np.float16

@@ -139,14 +139,13 @@ def _resample_slices(source: _Source, target: Array, limits: tuple[float, float]
     def work(begin: int, end: int) -> None:
         scratch, resampled = _Scratch.of(height, width, new_width), np.empty((new_height, new_width), np.float32)
         for batch in batches[begin:end]:
-            wanted = {number: np.flatnonzero(nearest == number) for number in range(batch.start, batch.stop)}
-            if not any(places.size for places in wanted.values()):
+            if not np.isin(nearest, np.arange(batch.start, batch.stop)).any():
                 continue
-            for plane, places in zip(source.part(batch), wanted.values(), strict=True):
+            for number, plane in enumerate(source.part(batch), batch.start):
                 low, high = limits or (float(plane.min()), float(plane.max()))
                 _resample_plane(plane, columns, scratch)
                 _resample_rows(scratch.plane, rows, low, high, resampled)
-                target[places] = resampled
+                target[nearest == number] = resampled
 
     in_parts(work, len(batches))
 
