@@ -23,7 +23,7 @@ from mshub.nnunet import engine as engine_module
 from mshub.nnunet.folder import ModelFolder
 from mshub.nnunet.network_cache import NetworkCache
 from mshub.nnunet.predictor import NNUNetPredictor, PredictOptions
-from mshub.nnunet.preprocessing import V1Preprocessor, preprocessor_of
+from mshub.nnunet.preprocessing import V1Preprocessor, preprocess
 from mshub.nnunet.sliding_window import ProbabilityWindow, SlidingWindow
 from mshub.scores import dice
 from mshub.store import ModelStore
@@ -42,16 +42,26 @@ class HalfProbabilityWindow(ProbabilityWindow):
         return super()._internal_maybe_mirror_and_predict(x).half().float()
 
 
-def v2_preprocessor(folder: ModelFolder) -> Any:
-    """Return nnU-Net v2's own preprocessor: it normalises before it resamples."""
-    return folder.configuration_manager.preprocessor_class(verbose=False)
+def preprocessing_by(preprocessor_of: Callable[[ModelFolder], Any]) -> Callable[..., Any]:
+    """Return a stand-in for `mshub.nnunet.preprocessing.preprocess` that one of nnU-Net's preprocessors does."""
+
+    def preprocess(folder: ModelFolder, data: np.ndarray, properties: dict[str, Any], **_: Any) -> Any:
+        facts = (folder.plans_manager, folder.configuration_manager, folder.dataset)
+        prepared, _, properties = preprocessor_of(folder).run_case_npy(data, None, dict(properties), *facts)
+        return prepared, properties
+
+    return preprocess
+
+
+as_v2 = preprocessing_by(lambda folder: folder.configuration_manager.preprocessor_class(verbose=False))
+as_v1 = preprocessing_by(lambda _: V1Preprocessor(verbose=False))
 
 
 STEPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "converted weights in nnU-Net v2's predictor": (SlidingWindow, v2_preprocessor),
-    "+ v1's order of preprocessing": (SlidingWindow, lambda _: V1Preprocessor(verbose=False)),
-    "+ probabilities averaged, not logits; tiles in half precision": (HalfProbabilityWindow, preprocessor_of),
-    "+ float32 (what MSHub does)": (ProbabilityWindow, preprocessor_of),
+    "converted weights in nnU-Net v2's predictor": (SlidingWindow, as_v2),
+    "+ v1's order of preprocessing": (SlidingWindow, as_v1),
+    "+ probabilities averaged, not logits; tiles in half precision": (HalfProbabilityWindow, preprocess),
+    "+ float32 (what MSHub does)": (ProbabilityWindow, preprocess),
 }
 
 
@@ -60,12 +70,14 @@ class SteppedCache(NetworkCache):
 
     def __init__(self, step: str) -> None:
         super().__init__()
-        self.window, self.preprocessor = STEPS[step]
+        self.window, self.preprocess = STEPS[step]
 
-    def engine(self, folder: ModelFolder, folds: tuple[str, ...], *devices: torch.device) -> Any:
+    def engine(
+        self, folder: ModelFolder, folds: tuple[str, ...], *devices: torch.device, runtime: str = "torch"
+    ) -> Any:
         """Return an engine with the step's sliding window and preprocessing."""
-        engine_module.ProbabilityWindow, engine_module.preprocessor_of = self.window, self.preprocessor
-        return super().engine(folder, folds, *devices)
+        engine_module.ProbabilityWindow, engine_module.preprocess = self.window, self.preprocess
+        return super().engine(folder, folds, *devices, runtime=runtime)
 
 
 def mean_dice(one: np.ndarray, two: np.ndarray) -> float:

@@ -174,6 +174,28 @@ def test_regions_right_above_zero_are_decided_as_the_sigmoid_does(make_folder: M
         np.testing.assert_array_equal(label_map(folder, logits, facts), expected)
 
 
+@pytest.mark.parametrize("spacing", [ISOTROPIC, FLAT], ids=["isotropic", "separate axis"])
+@pytest.mark.parametrize("classes", [4, 0], ids=["classes", "regions"])
+def test_probabilities_are_nnunets(
+    make_folder: Make, classes: int, spacing: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_export, "VALUES_AT_ONCE", 2**12)
+    rng = np.random.default_rng([classes, int(spacing[0])])
+    for transpose in [(0, 1, 2), (2, 0, 1)]:
+        folder = make_folder(classes, spacing_zyx_mm=spacing, transpose=transpose)
+        labels = folder.plans_manager.get_label_manager(folder.dataset)
+        for kind in ("noise", "smooth"):
+            shape, facts = random_grids(rng, folder)
+            logits = random_logits(rng, classes or 3, shape, kind)
+            _, expected = convert_predicted_logits_to_segmentation_with_correct_shape(
+                logits.numpy(), folder.plans_manager, folder.configuration_manager, labels, facts, True
+            )
+            for channels in ([0, 1, 2], [2, 0]):
+                got = Export(folder).probabilities(logits, facts, channels)
+                assert got.dtype == np.float32
+                np.testing.assert_allclose(got, expected[channels], rtol=0, atol=2e-7)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("classes", [4, 0])
 def test_what_is_not_finite_is_an_error_and_no_background(make_folder: Make, classes: int, value: float) -> None:

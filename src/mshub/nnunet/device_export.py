@@ -5,6 +5,7 @@ Only the label map leaves the device. Works on the CPU too, slower than `export_
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from mshub.nnunet.half_precision import DROPPED_BITS, JUST_BELOW_HALF, SMALLEST_
 Array = np.ndarray[Any, Any]
 Places = tuple[torch.Tensor, ...]
 """An `Axis` on the device."""
+
+Head = Callable[[torch.Tensor], torch.Tensor]
 
 VALUES_AT_ONCE = 2**26
 """So many numbers of all classes are looked at together, which bounds the memory it takes."""
@@ -42,13 +45,39 @@ def write_labels_on_device(
         Written.
     """
     winners = find_winners_on_device(logits, threshold, unsure)
-    z, y, x = (tuple(torch.as_tensor(array, device=logits.device) for array in axis) for axis in axes)
+    z, y, x = _on_device(axes, logits.device)
     labels = torch.as_tensor(codes.astype(np.int32), device=logits.device)
     slices = max(1, VALUES_AT_ONCE // (8 * out[0].size))
     for begin in range(0, len(out), slices):
         part = tuple(array[begin : begin + slices] for array in z)
         found = _Part(logits, winners, (part, y, x)).winners(threshold, unsure)
         out[begin : begin + slices] = labels[found].cpu().numpy()
+
+
+def write_probabilities(
+    logits: torch.Tensor, head: Head, axes: tuple[Axis, Axis, Axis], channels: Sequence[int], out: Array
+) -> None:
+    """Write the probabilities of some channels; memory grows with these, not with all classes.
+
+    Parameters
+    ----------
+    logits : Tensor, float16 or float32, axes (class, z, y, x)
+    head : callable
+        Turns interpolated values of all channels, float32, axes (class, voxel), into probabilities.
+    axes : tuple of Axis
+        How the output lies in the logits: z, y, x.
+    channels : sequence of int
+    out : ndarray, float32, axes (channel, z, y, x)
+        Written.
+    """
+    z, y, x = _on_device(axes, logits.device)
+    part, chosen_channels = _Part(logits, None, (z, y, x)), torch.as_tensor(list(channels), device=logits.device)
+    plane = torch.cartesian_prod(*(torch.arange(size, device=logits.device) for size in out.shape[2:]))
+    for index in range(out.shape[1]):
+        for places in plane.split(max(1, VALUES_AT_ONCE // (8 * len(logits)))):
+            voxels = torch.cat([torch.full((len(places), 1), index, device=logits.device), places], 1)
+            values = head(part.values(voxels).float())[chosen_channels].cpu().numpy()
+            out[:, index, places[:, 0].cpu().numpy(), places[:, 1].cpu().numpy()] = values
 
 
 def find_winners_on_device(logits: torch.Tensor, threshold: float, unsure: int) -> torch.Tensor:
@@ -67,10 +96,15 @@ def find_winners_on_device(logits: torch.Tensor, threshold: float, unsure: int) 
     return winners
 
 
+def _on_device(axes: tuple[Axis, Axis, Axis], device: torch.device) -> tuple[Places, Places, Places]:
+    z, y, x = (tuple(torch.as_tensor(array, device=device) for array in axis) for axis in axes)
+    return z, y, x
+
+
 class _Part:
     """Some slices of the output."""
 
-    def __init__(self, logits: torch.Tensor, winners: torch.Tensor, axes: tuple[Places, Places, Places]) -> None:
+    def __init__(self, logits: torch.Tensor, winners: Any, axes: tuple[Places, Places, Places]) -> None:
         self._logits, self._winners, self._axes = logits, winners, axes
 
     def winners(self, threshold: float, unsure: int) -> torch.Tensor:
@@ -91,7 +125,19 @@ class _Part:
         return self._winners[z][:, y][:, :, x]
 
     def _decided(self, chosen: torch.Tensor, threshold: float) -> torch.Tensor:
-        """Return the winners of some voxels, axes (voxel, 3), by interpolating all classes, in scipy's order."""
+        """Return the winners of some voxels, axes (voxel, 3), by interpolating all classes."""
+        values = self.values(chosen)
+        if not np.isnan(threshold):
+            return _last_region(values >= threshold)
+        numbers = torch.arange(len(values), device=values.device)[:, None]
+        first: torch.Tensor = torch.where(values == values.amax(0), numbers, len(values)).amin(0)
+        return first.int()
+
+    def values(self, chosen: torch.Tensor) -> torch.Tensor:
+        """Return the values of all classes at some voxels, axes (voxel, 3), interpolated in scipy's order.
+
+        Rounded to the precision of the logits; float64, axes (class, voxel).
+        """
         flat, shape = self._logits.flatten(1), self._logits.shape[1:]
         total = torch.zeros((), dtype=torch.float64, device=flat.device)
         for corner in np.ndindex(2, 2, 2):
@@ -100,12 +146,7 @@ class _Part:
             for axis, end in enumerate(corner):
                 value *= self._axes[axis][2 + end][chosen[:, axis]]
             total = total + value
-        values = _half(total) if flat.dtype == torch.float16 else total.float().double()
-        if not np.isnan(threshold):
-            return _last_region(values >= threshold)
-        numbers = torch.arange(len(values), device=values.device)[:, None]
-        first: torch.Tensor = torch.where(values == values.amax(0), numbers, len(values)).amin(0)
-        return first.int()
+        return _half(total) if flat.dtype == torch.float16 else total.float().double()
 
 
 def _last_region(inside: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ above it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -33,7 +33,8 @@ from nnunetv2.preprocessing.resampling.default_resampling import (
     resample_data_or_seg_to_shape,
 )
 
-from mshub.nnunet.device_export import write_labels_on_device
+from mshub.errors import PredictionError
+from mshub.nnunet.device_export import write_labels_on_device, write_probabilities
 from mshub.nnunet.export_kernels import Axis, find_regions, find_winners, write_labels
 from mshub.nnunet.folder import ModelFolder
 from mshub.nnunet.half_precision import bits_of, check_finite, not_finite
@@ -84,6 +85,42 @@ class Export:
         cropped = whole[tuple(slice(*edges) for edges in properties["bbox_used_for_cropping"])]
         self._fill(cropped, logits.contiguous(), self._axes(logits.shape[1:], properties))
         return whole.transpose(self._plans.transpose_backward)
+
+    def probabilities(self, logits: torch.Tensor, properties: Mapping[str, Any], channels: Sequence[int]) -> Array:
+        """Return the probabilities nnU-Net's export would save, of some channels.
+
+        Parameters
+        ----------
+        logits, properties
+            As for `label_map`. Of float32 logits, which nnU-Net v1 averages, the values are probabilities already.
+        channels : sequence of int
+            Of `logits`.
+
+        Returns
+        -------
+        ndarray, float32, axes (channel, z, y, x)
+            0 where the image was cropped, for the background's channel 1.
+
+        Raises
+        ------
+        PredictionError
+            The model's resampling is not nnU-Net's default.
+        """
+        if not self._is_built_in(logits):
+            raise PredictionError(
+                "Probabilities can be exported of models with nnU-Net's default resampling; this one names another in "
+                "its plans.json."
+            )
+        whole = np.zeros((len(channels), *properties["shape_before_cropping"]), np.float32)
+        if not self._labels.has_regions:
+            whole[[place for place, channel in enumerate(channels) if channel == 0]] = 1
+        box = tuple(slice(*edges) for edges in properties["bbox_used_for_cropping"])
+        head = torch.sigmoid if self._labels.has_regions else partial(torch.softmax, dim=0)
+        head = head if logits.dtype == torch.float16 else torch.Tensor.float
+        write_probabilities(
+            logits.contiguous(), head, self._axes(logits.shape[1:], properties), channels, whole[(slice(None), *box)]
+        )
+        return whole.transpose(0, *[1 + axis for axis in self._plans.transpose_backward])
 
     def _fill(self, out: Array, logits: torch.Tensor, axes: tuple[Axis, Axis, Axis]) -> None:
         codes = np.array(self._codes(), out.dtype)

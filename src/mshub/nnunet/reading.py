@@ -112,7 +112,8 @@ def _sitk_geometry(path: str) -> dict[str, tuple[float, ...]]:
     header = sitk.ImageFileReader()
     header.SetFileName(path)
     header.ReadImageInformation()
-    return {"spacing": header.GetSpacing(), "origin": header.GetOrigin(), "direction": header.GetDirection()}
+    values = {"spacing": header.GetSpacing(), "origin": header.GetOrigin(), "direction": header.GetDirection()}
+    return {name: tuple(value + 0.0 for value in numbers) for name, numbers in values.items()}  # no -0
 
 
 def read_label_as_nnunet(label: Volume, reader: Any, orientation: str | None = None) -> Array:
