@@ -16,7 +16,7 @@ from mshub.nnunet.folder import ModelFolder
 from mshub.nnunet.network_cache import NetworkCache
 from mshub.nnunet.predictor import PROFILES, NNUNetPredictor, Prediction, PredictOptions
 
-pytest.importorskip("openvino", reason="OpenVINO is an extra: pip install openvino")
+pytestmark = pytest.mark.skipif(not openvino_network.is_installed(), reason="OpenVINO is an extra: make openvino")
 
 SHAPE = (29, 23, 14)
 REGIONS = {"labels": {"background": 0, "whole": [1, 2], "core": [2]}, "dataset_extra": {"regions_class_order": [1, 2]}}

@@ -21,6 +21,7 @@ from mshub.nnunet import openvino_network
 from mshub.nnunet.export import Export
 from mshub.nnunet.folder import ModelFolder
 from mshub.nnunet.measures import Heads, Measures
+from mshub.nnunet.openvino_network import OpenVINONetwork
 from mshub.nnunet.postprocessing import keep_largest
 from mshub.nnunet.preprocessing import preprocess
 from mshub.nnunet.sliding_window import Check, ProbabilityWindow, Progress, SlidingWindow
@@ -88,6 +89,7 @@ class Engine:
         self._export = Export(folder)
         self.nbytes = sum(tensor.nbytes for weights in parameters for tensor in weights.values())
         self.runtime = "torch"
+        self._of_openvino: list[OpenVINONetwork] = []
         if runtime == "openvino" or (runtime == "auto" and openvino_network.is_installed()):
             self._take_openvino(parameters, kept, is_demanded=runtime == "openvino")
 
@@ -110,6 +112,7 @@ class Engine:
             logger.warning("torch runs %s, slower: %s", self._folder.path, error)
             return
         self._window.run_instead(networks)
+        self._of_openvino = networks
         self.runtime, self.nbytes = "openvino", sum(network.nbytes for network in networks)
 
     def preprocess(
@@ -195,9 +198,13 @@ class Engine:
         """
         self._window.use_mirroring, self._window.tile_step_size = mirroring, step
         self._window.start(progress, check, measures)
-        logits: torch.Tensor = self._window.predict_logits_from_preprocessed_data(
-            torch.from_numpy(data).contiguous().float()
-        )
+        try:
+            logits: torch.Tensor = self._window.predict_logits_from_preprocessed_data(
+                torch.from_numpy(data).contiguous().float()
+            )
+        finally:
+            for network in self._of_openvino:
+                network.release()
         return logits
 
     def uncertainty(self, measures: Measures, logits: torch.Tensor, properties: dict[str, Any]) -> Uncertainty:
