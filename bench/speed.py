@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import shlex
@@ -44,6 +45,7 @@ REAL_CT = ROOT.parent / "shared" / "data" / "ct_torso" / "example_ct.nii.gz"
 SHARE_OF_MEMORY = 0.6
 OWN_BYTES = {"export": 2**29, "request": 3 * 2**30, "server": 3 * 2**30}
 """What a process needs besides: libraries, and for a request the network and its layers' outputs."""
+NNUNET_STEP = 0.5
 SERVED_PROFILE = "fast"
 THREAD_VARIABLES = (
     "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS", "nnUNet_def_n_proc",
@@ -77,20 +79,34 @@ def arms_of(case: Case, part: str, settings: Settings) -> list[Json]:
 
 
 def _request_arms(case: Case, settings: Settings) -> Iterator[Json]:
-    """Yield nnU-Net's ways and all profiles of MSHub; mirroring takes eight times as long."""
+    """Yield nnU-Net's ways and MSHub's, for every profile and all that can run its network; mirroring takes 8 times.
+
+    The command line is for the profiles that do what nnU-Net does, with what runs the network by default.
+    """
     from mshub.nnunet.predictor import PROFILES
     from speed_cases import STARTER
 
     both = settings.mirroring or (case.name == STARTER and not settings.quick)
     for mirroring in (False, True) if both else (False,):
-        profiles = [name for name, profile in PROFILES.items() if profile.mirroring == mirroring]
+        profiles = [profile for profile in PROFILES.values() if profile.mirroring == mirroring]
         more = ", mirroring" if mirroring else ""
-        for warm, way in ((True, "warm"), (False, "command line")):
-            nnunet = f"{NNUNET}, {way}{more}"
-            same = {"mirroring": mirroring, "warm": warm, "reference": f"{NNUNET}, warm{more}", "beside": nnunet}
-            yield {**same, "name": nnunet, "program": NNUNET}
-            for profile in profiles:
-                yield {**same, "name": f"{MSHUB}, {way}, profile {profile}", "program": MSHUB, "profile": profile}
+        warm, cold = f"{NNUNET}, warm{more}", f"{NNUNET}, command line{more}"
+        same = {"mirroring": mirroring, "reference": warm}
+        yield {**same, "name": warm, "beside": warm, "program": NNUNET, "warm": True}
+        for profile, runtime in itertools.product(profiles, _runtimes()):
+            ours = {**same, "beside": warm, "program": MSHUB, "warm": True, "profile": profile.name, "runtime": runtime}
+            yield {**ours, "name": f"{MSHUB}, warm, {profile.name}, {runtime}"}
+        yield {**same, "name": cold, "beside": cold, "program": NNUNET, "warm": False}
+        for profile in (profile for profile in profiles if profile.step == NNUNET_STEP):
+            ours = {**same, "beside": cold, "program": MSHUB, "warm": False, "profile": profile.name}
+            yield {**ours, "name": f"{MSHUB}, command line, {profile.name}"}
+
+
+def _runtimes() -> tuple[str, ...]:
+    """Return what can run networks here; nnU-Net's own first."""
+    from mshub.nnunet.openvino_network import is_installed
+
+    return ("torch", "openvino") if is_installed() else ("torch",)
 
 
 def too_large(case: Case, part: str, arm: Json, limit: int) -> Json | None:

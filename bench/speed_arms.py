@@ -260,7 +260,8 @@ def _warm_mshub(task: Json) -> Request:
     from mshub.nnunet.predictor import NNUNetPredictor
     from mshub.volume_io import write_volume
 
-    predictor = NNUNetPredictor(ModelFolder.open(Path(task["model"])), NetworkCache())
+    cache = NetworkCache(kept=Path(task["home"]) / "openvino")
+    predictor = NNUNetPredictor(ModelFolder.open(Path(task["model"])), cache)
     options = mshub_options(task["arm"])
 
     def request(image: Path, label: Path, meter: Meter) -> Mapping[str, float]:
@@ -273,10 +274,10 @@ def _warm_mshub(task: Json) -> Request:
 
 
 def mshub_options(arm: Mapping[str, Any]) -> Any:
-    """Return the options of an arm: what else a prediction can be asked for, such as another engine, is added here."""
+    """Return the options of an arm: what else a prediction can be asked for is added here."""
     from mshub.nnunet.predictor import PROFILES, PredictOptions
 
-    return PredictOptions(PROFILES[arm["profile"]], device="cpu")
+    return PredictOptions(PROFILES[arm["profile"]], device="cpu", runtime=arm["runtime"])
 
 
 def _cold(task: Json) -> Json:

@@ -32,7 +32,7 @@ STAGES = {
 }
 COLOURS = {NNUNET: "#d9822b", MSHUB: "#1f5fa8"}
 CURVES = {"slices": "{0} of {y} x {x}, {heads} classes", "classes": "{0}, {z} slices of {y} x {x}"}
-PACKAGES = ("torch", "nnunetv2", "numpy", "scipy", "scikit-image", "numba")
+PACKAGES = ("torch", "nnunetv2", "openvino", "numpy", "scipy", "scikit-image", "numba")
 MB = 1e6
 NOTHING = ""
 

@@ -298,6 +298,10 @@ def predict(
     ] = "accurate",
     folds: Annotated[str, typer.Option(help="Comma-separated; default: all the model has.")] = "",
     engine: EngineName = "auto",
+    probabilities: Annotated[
+        list[str],
+        typer.Option(metavar="STRUCTURE", help="Write its probability too, beside the label; may be repeated."),
+    ] = [],  # noqa: B006 -- typer's way to have none by default
 ) -> None:
     """Segment one case and write the label on the image's own grid."""
     from mshub.nnunet.folder import ModelFolder
@@ -317,6 +321,7 @@ def predict(
         device,
         version.card.input_rules,
         _runtime(engine),
+        probabilities=tuple(dict.fromkeys(probabilities)),
     )
     with tile_progress() as progress:
         task = progress.add_task(f"{model_id} {version.version}", total=None)
@@ -333,7 +338,18 @@ def predict(
 
         facts = Facts.of_model(Algorithm(model_id, version.version), overrides=version.card.structures)
         export_labels(target, format, labels.array_xyz, prediction.names, stack, facts)
+    for name, array_xyz in prediction.probabilities.items():
+        write_volume(_probability_path(target, name), array_xyz, labels.grid)
     _report_prediction(prediction, target)
+
+
+def _probability_path(target: Path, name: str) -> Path:
+    """Return where the probability of a structure goes: beside the label, named after both."""
+    stem = target.name
+    for ending in (".nii.gz", ".nii", ".nrrd", ".dcm"):
+        stem = stem.removesuffix(ending)
+    plain = "".join(sign if sign.isalnum() or sign in "-_" else "_" for sign in name)
+    return target.with_name(f"{stem}_probability_{plain}.nii.gz")
 
 
 def _runtime(engine: str) -> str:

@@ -228,6 +228,19 @@ def test_verify_names_a_changed_file(run: Run, installed: ModelStore) -> None:
     assert "plans.json" in result.err
 
 
+def test_predict_writes_probabilities_beside_the_label(
+    run: Run, installed: ModelStore, case: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "label.nii.gz"
+    result = run("predict", "tiny", case, "-o", target, "--profile", "balanced", "--probabilities", "liver")
+    assert result.code == 0
+    written = tmp_path / "label_probability_liver.nii.gz"
+    chances, label = read_volume(written), read_volume(target)
+    assert same_grid(chances.grid, label.grid)
+    inside = label.array_xyz == 1
+    assert 0 < chances.array_xyz[~inside].mean() < chances.array_xyz[inside].mean() <= 1
+
+
 def test_verify_measures_what_each_profile_costs_and_gives(run: Run, installed: ModelStore, case: Path) -> None:
     result = run("verify", "tiny", "--bench", case, "--device", "cpu")
     assert result.code == 0

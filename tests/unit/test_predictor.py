@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 
 from factories import make_image, make_model_folder, odd_grids
 from mshub.catalogue import InputRules
-from mshub.errors import CaseError, ChannelError, GeometryError, ModelFolderError, PredictionError
+from mshub.errors import CaseError, ChannelError, GeometryError, LabelError, ModelFolderError, PredictionError
 from mshub.geometry import Volume, same_grid
 from mshub.nnunet import engine as engine_module
 from mshub.nnunet import network_cache as network_cache_module
@@ -342,6 +343,46 @@ def test_a_segmentation_of_another_shape_is_not_returned(
     monkeypatch.setattr(Engine, "segmentation", lambda *_: np.ones(SHAPE, dtype=np.uint8))
     with pytest.raises(GeometryError, match="nothing is returned rather than a shifted mask"):
         predict(liver_spleen, image)
+
+
+# -- probabilities -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reader", ["SimpleITKIO", "NibabelIOWithReorient"])
+@pytest.mark.parametrize("grid", ["+x+y+z", "-z+x-y", "oblique-left-handed"])
+def test_probabilities_lie_where_the_label_does(tmp_path: Path, grid: str, reader: str) -> None:
+    folder = make_model_folder(tmp_path / "model", reader=reader)
+    path = make_image(tmp_path / "image.nii.gz", SHAPE, odd_grids()[grid])
+    plain = predict(folder, path)
+    found = predict(folder, path, options=replace(BALANCED, probabilities=("spleen", "liver")))
+    np.testing.assert_array_equal(found.labels.array_xyz, plain.labels.array_xyz)
+    assert plain.probabilities == {}
+    assert list(found.probabilities) == ["spleen", "liver"]
+    spleen, liver = found.probabilities.values()
+    assert spleen.shape == liver.shape == SHAPE
+    assert spleen.dtype == np.float32
+    labels, background = found.labels.array_xyz, 1 - spleen - liver
+    chances = np.stack([background, liver, spleen])
+    assert (chances > -1e-5).all()
+    chosen = np.take_along_axis(chances, labels[None].astype(int), 0)[0]
+    assert (chosen >= chances.max(0) - 1e-3).all(), "the label is the most probable class, up to the rounding"
+    assert set(np.unique(labels)) == {0, 1, 2}
+
+
+def test_probabilities_of_regions(two_channels: Path, image: Path) -> None:
+    options = replace(BALANCED, probabilities=("core", "whole tumour"))
+    predictor = NNUNetPredictor(ModelFolder.open(two_channels), NetworkCache())
+    found = predictor.predict([image, image], options)
+    labels, names = found.labels.array_xyz, found.names
+    np.testing.assert_array_equal(found.probabilities["core"] > 0.5, labels == names["core"])
+    some = found.probabilities["whole tumour"] > 0.5
+    np.testing.assert_array_equal(some | (labels == names["core"]), labels > 0)
+    assert some.any()
+
+
+def test_probabilities_of_what_the_model_does_not_know_are_refused(liver_spleen: Path, image: Path) -> None:
+    with pytest.raises(LabelError, match="heart were asked for; this model knows liver, spleen"):
+        predict(liver_spleen, image, options=replace(BALANCED, probabilities=("liver", "heart")))
 
 
 # -- the cache and its locks --------------------------------------------------------------------------------------

@@ -92,5 +92,7 @@ def test_a_label_goes_back_as_the_readers_own_writer_has_it(tmp_path: Path, grid
     expected = np.asarray(nib.load(tmp_path / "label.nii").dataobj)
     got = to_input_axes(labels, properties, reader(), volumes[0].grid)
     np.testing.assert_array_equal(got, expected)
+    halves = to_input_axes(labels.astype(np.float32) / 2, properties, reader(), volumes[0].grid)
+    np.testing.assert_array_equal(halves, expected / 2)
     voxels = volumes[0].array_xyz
     np.testing.assert_array_equal(got, (voxels > 1000).astype(np.uint8) + (voxels > 2000))

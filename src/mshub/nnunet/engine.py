@@ -158,12 +158,15 @@ class Engine:
 
     def measures(self) -> Measures:
         """Return what `logits` can tell how sure the network is."""
+        has_regions = self._window.label_manager.has_regions
+        return Measures(Heads(self._structures_of_channels(), has_regions, self._folder.predicts_as_v1))
+
+    def _structures_of_channels(self) -> tuple[str, ...]:
+        """Return the structure of each channel of the output, without the background's, which is the first."""
         labels = self._window.label_manager
         names = {value: name for name, value in self._folder.labels.predicted.items()}
         channels = labels.regions_class_order if labels.has_regions else range(1, labels.num_segmentation_heads)
-        return Measures(
-            Heads(tuple(names[value] for value in channels), labels.has_regions, self._folder.predicts_as_v1)
-        )
+        return tuple(names[value] for value in channels)
 
     def logits(
         self,
@@ -218,6 +221,15 @@ class Engine:
         """Return the label map in nnU-Net's values on the reader's grid, axes (z, y, x)."""
         segmentation = self._export.label_map(logits, properties)
         return keep_largest(segmentation, self._folder.keeps_largest, float(np.prod(properties["spacing"])))
+
+    def probabilities(
+        self, logits: torch.Tensor, properties: dict[str, Any], structures: Sequence[str]
+    ) -> dict[str, Array]:
+        """Return the probabilities of some structures on the reader's grid: name -> float32, axes (z, y, x)."""
+        before = 0 if self._window.label_manager.has_regions else 1
+        channels = [before + self._structures_of_channels().index(name) for name in structures]
+        maps = self._export.probabilities(logits, properties, channels)
+        return dict(zip(structures, maps, strict=True))
 
 
 def check_weights(folder: ModelFolder) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from mshub.card_tables import AS_STORED, InputRules
-from mshub.errors import GeometryError, MSHubError, PredictionError
+from mshub.errors import GeometryError, LabelError, MSHubError, PredictionError
 from mshub.geometry import Array, Grid, Volume
 from mshub.nnunet.devices import candidate_devices
 from mshub.nnunet.engine import Engine
@@ -79,6 +79,8 @@ class PredictOptions:
         ``openvino`` faster on a CPU, and equal within a bound that was checked; ``auto``.
     measure : bool
         Measure on the way how sure the network is: `Prediction.uncertainty`.
+    probabilities : tuple of str
+        Structures whose probabilities are returned too: `Prediction.probabilities`.
     """
 
     profile: Profile = PROFILES["accurate"]
@@ -87,6 +89,7 @@ class PredictOptions:
     rules: InputRules = AS_STORED
     runtime: str = "torch"
     measure: bool = False
+    probabilities: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,8 @@ class Prediction:
         Wall time per stage.
     uncertainty : Uncertainty or None
         How sure the network was; None if it was not asked for.
+    probabilities : dict of str to ndarray
+        Structure -> its probability, float32, axes x, y, z, on the same grid, of those that were asked for.
     """
 
     labels: Volume
@@ -113,6 +118,7 @@ class Prediction:
     provenance: dict[str, Any]
     seconds: dict[str, float] = field(default_factory=dict)
     uncertainty: Uncertainty | None = None
+    probabilities: dict[str, Array] = field(default_factory=dict)
 
     def voxel_counts(self) -> dict[str, int]:
         """Return the number of voxels of each structure, absent ones included."""
@@ -185,15 +191,17 @@ class NNUNetPredictor:
             The network failed; the message says at which stage.
         """
         run = self._run(options, progress, check)
+        self._check_structures(options.probabilities)
         with _told_errors(run):
-            segmentation, image, uncertainty = self._segment(images, run)
+            made, image, uncertainty = self._segment(images, run)
             reader = self.folder.plans_manager.image_reader_writer_class()
-            array_xyz = to_input_axes(segmentation, image.properties, reader, image.grid, options.rules.orientation)
+            facts = (image.properties, reader, image.grid, options.rules.orientation)
+            array_xyz, *maps_xyz = (to_input_axes(array, *facts) for array in made)
         labels = self._publish(array_xyz, image.grid)
         run.clock.lap("export")
-        return Prediction(
-            labels, dict(self.folder.labels.published), self._provenance(run), run.clock.laps, uncertainty
-        )
+        names, provenance = dict(self.folder.labels.published), self._provenance(run)
+        probabilities = dict(zip(options.probabilities, maps_xyz, strict=True))
+        return Prediction(labels, names, provenance, run.clock.laps, uncertainty, probabilities)
 
     def measure(
         self, images: Sequence[Path], options: PredictOptions = PredictOptions(), check: Check | None = None
@@ -223,6 +231,14 @@ class NNUNetPredictor:
         folds = self._check_folds(options.folds)
         return _Run(folds, options, candidate_devices(options.device), progress, check or _never)
 
+    def _check_structures(self, wanted: tuple[str, ...]) -> None:
+        known = self.folder.labels.predicted
+        unknown = [name for name in wanted if name not in known]
+        if unknown:
+            raise LabelError(
+                f"The probabilities of {', '.join(unknown)} were asked for; this model knows {', '.join(known)}."
+            )
+
     def _check_folds(self, wanted: tuple[str, ...]) -> tuple[str, ...]:
         unknown = [fold for fold in wanted if fold not in self.folder.folds]
         if unknown:
@@ -231,8 +247,8 @@ class NNUNetPredictor:
             )
         return wanted or self.folder.folds
 
-    def _segment(self, images: Sequence[Path], run: _Run) -> tuple[Array, PreparedImage, Uncertainty | None]:
-        """Return the label map on the reader's grid, what was predicted, and how sure the network is."""
+    def _segment(self, images: Sequence[Path], run: _Run) -> tuple[list[Array], PreparedImage, Uncertainty | None]:
+        """Return label map and probabilities on the reader's grid, what was predicted, how sure the network is."""
         with self._ready(images, run) as (engine, image):
             measures = engine.measures() if run.options.measure else None
             logits = self._logits(engine, image, run, measures)
@@ -241,7 +257,11 @@ class NNUNetPredictor:
                 uncertainty = engine.uncertainty(measures, logits, image.properties)
                 run.clock.lap("measure")
             run.check()
-            return engine.segmentation(logits, image.properties), image, uncertainty
+            made = [engine.segmentation(logits, image.properties)]
+            wanted = run.options.probabilities
+            if wanted:
+                made += engine.probabilities(logits, image.properties, wanted).values()
+            return made, image, uncertainty
 
     @contextmanager
     def _ready(self, images: Sequence[Path], run: _Run) -> Iterator[tuple[Engine, PreparedImage]]:

@@ -14,7 +14,7 @@ from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from mshub.card_tables import AS_STORED, InputRules
-from mshub.errors import CaseError, ChannelError
+from mshub.errors import CaseError, ChannelError, GeometryError
 from mshub.geometry import Array, Grid, Volume, check_channels
 from mshub.volume_io import read_volume, write_nifti
 
@@ -127,15 +127,15 @@ def read_label_as_nnunet(label: Volume, reader: Any, orientation: str | None = N
 
 
 def to_input_axes(
-    segmentation: Array, properties: dict[str, Any], reader: Any, grid: Grid, orientation: str | None = None
+    array_zyx: Array, properties: dict[str, Any], reader: Any, grid: Grid, orientation: str | None = None
 ) -> Array:
-    """Return nnU-Net's segmentation in the index order of the input file.
+    """Return a segmentation, or anything else on nnU-Net's grid, in the index order of the input file.
 
-    The reader's own writer undoes whatever reorientation it did when reading; the plain ones did none.
+    Whatever reorientation the reader did when reading, its own writer undoes; the plain ones did none.
 
     Parameters
     ----------
-    segmentation : ndarray, axes (z, y, x)
+    array_zyx : ndarray, axes (z, y, x)
         On the reader's grid.
     properties : dict
         nnU-Net's, of the case.
@@ -156,21 +156,35 @@ def to_input_axes(
         The reader is at fault and the image was turned.
     """
     if type(reader) in (SimpleITKIO, NibabelIO):
-        array_xyz: Array = segmentation.transpose()
+        array_xyz: Array = array_zyx.transpose()
     else:
-        array_xyz = _as_written(segmentation, properties, reader)
+        array_xyz = _turned_as_written(array_zyx, properties, reader)
     if orientation is None:
         return array_xyz
     turned = Volume(np.broadcast_to(np.uint8(0), grid.shape_xyz), grid).turned(orientation).grid
     return Volume(array_xyz, turned).turned(grid.orientation).array_xyz
 
 
-def _as_written(segmentation: Array, properties: dict[str, Any], reader: Any) -> Array:
+def _turned_as_written(array: Array, properties: dict[str, Any], reader: Any) -> Array:
+    """Turn an array as the reader's writer turns a segmentation in which one corner and its neighbours are marked."""
+    marks = np.zeros(array.shape, np.uint8)
+    marks[0, 0, 0] = 1
+    for axis in range(3):
+        marks[tuple(int(axis == other) for other in range(3))] = 2 + axis
     with tempfile.TemporaryDirectory(prefix="mshub-") as scratch:
-        path = Path(scratch) / "segmentation.nii"
-        reader.write_seg(segmentation, str(path), properties)
-        array_xyz: Array = np.array(nib.load(path).dataobj)
-    return array_xyz
+        path = Path(scratch) / "marks.nii"
+        reader.write_seg(marks, str(path), properties)
+        written = np.asarray(nib.load(path).dataobj)
+    corner, *neighbours = (np.argwhere(written == mark)[0] for mark in (1, 2, 3, 4))
+    steps = np.stack(neighbours) - corner  # axis of the array -> step in the file
+    turned = array.transpose(np.abs(steps).argmax(0))
+    turned = turned[tuple(slice(None, None, int(step)) for step in steps.sum(0))]
+    if turned.shape != written.shape:
+        raise GeometryError(
+            f"nnU-Net's writer {type(reader).__name__} makes {written.shape} voxels of {array.shape}; nothing is "
+            "returned rather than a shifted mask. Please report this image's header."
+        )
+    return turned
 
 
 def _readable_path(path: Path, volume: Volume, reader: Any, is_turned: bool, scratch: Path) -> Path:
