@@ -143,7 +143,7 @@ class Engine:
             len(self._folder.channels),
             *[max(4, edge // 4) for edge in (16, *self._configuration.patch_size)[-3:]],
         )
-        noise = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+        noise = np.random.default_rng(0).uniform(0, 255, shape).astype(np.float32)
         data, properties = self.preprocess(noise, {"spacing": [1.1 * edge for edge in self._spacing_zyx_mm()]})
         measures = self.measures()
         logits = self.logits(data, mirroring=False, step=1.0, measures=measures)

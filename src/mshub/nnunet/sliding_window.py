@@ -98,8 +98,7 @@ class SlidingWindow(nnUNetPredictor):  # type: ignore[misc]
         folds = len(self.list_of_parameters)
         mean = self._of_fold(0, data)
         for fold in range(1, folds):
-            logits = self._of_fold(fold, data)
-            mean = mean.to(logits.device).add_(logits)
+            mean += self._of_fold(fold, data).to(mean.device)
         return mean if folds == 1 else mean.div_(folds)
 
     def _of_fold(self, fold: int, data: torch.Tensor) -> torch.Tensor:
