@@ -150,6 +150,7 @@ def add(
             "kept are weights and plain values. Without it, files that need it are refused.",
         ),
     ] = False,
+    engine: EngineName = "auto",
 ) -> None:
     """Install a model from a folder or zip; an id that is not in the catalogue makes it your own model."""
     from mshub.install import add_model, origin_of
@@ -169,12 +170,13 @@ def add(
             origin=origin_of(path, origin),
             licence=licence,
             trust=trust,
-        )
+        ),
+        engine,
     )
 
 
 @app.command()
-def fetch(model_id: ModelId) -> None:
+def fetch(model_id: ModelId, engine: EngineName = "auto") -> None:
     """Download a model's weights and install them."""
     from mshub.install import fetch_model
 
@@ -185,7 +187,7 @@ def fetch(model_id: ModelId) -> None:
             model_id,
             lambda done, total: progress.update(task, completed=done, total=total, visible=True),
         )
-    _report_installed(version)
+    _report_installed(version, engine)
 
 
 @app.command()
@@ -619,7 +621,7 @@ def _summary(card: ModelCard, store: ModelStore) -> dict[str, Any]:
     }
 
 
-def _report_installed(version: ModelVersion) -> None:
+def _report_installed(version: ModelVersion, engine: str) -> None:
     names = ", ".join(version.record["labels"])
     out.print(f"[green]{version.model_id} {version.version}[/] is installed: {escape(names)}.", soft_wrap=True)
     out.print(f"Licence: {escape(version.record['licence'] or 'unknown; note it with --licence')}.", soft_wrap=True)
@@ -629,3 +631,21 @@ def _report_installed(version: ModelVersion) -> None:
         )
     if version.version != ModelStore().current(version.model_id).version:
         out.print(f"Another version is serving; switch with `mshub promote {version.model_id} {version.version}`.")
+    if _runtime(engine) != "torch":
+        _prepare_engine(version)
+
+
+def _prepare_engine(version: ModelVersion) -> None:
+    """Let OpenVINO prepare a new version where it is installed, and say if it cannot."""
+    from mshub.nnunet.engine import prepare_openvino
+    from mshub.nnunet.folder import ModelFolder
+    from mshub.nnunet.openvino_network import is_installed
+
+    if not is_installed():
+        return
+    with err.status("comparing OpenVINO with torch ..."):
+        reason = prepare_openvino(ModelFolder.open(version.model_path), ModelStore().home / "openvino")
+    out.print(
+        f"[yellow]On a CPU torch will run it:[/] {escape(reason)}" if reason else "On a CPU OpenVINO will run it.",
+        soft_wrap=True,
+    )

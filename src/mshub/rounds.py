@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ from mshub.install import version_record
 from mshub.jobs import Job
 from mshub.lineage import CANDIDATE, fitting_cases, original, unserved_cases
 from mshub.nnunet.devices import resolve_device
-from mshub.nnunet.engine import check_weights
+from mshub.nnunet.engine import check_weights, prepare_openvino
 from mshub.nnunet.folder import ModelFolder
 from mshub.nnunet.model_writing import write_trained
 from mshub.nnunet.planning import plan_model
@@ -377,6 +378,13 @@ def _case_facts(case: ReviewedCase) -> dict[str, Any]:
     return {"case": case.case_id, "digest": case.digest, "reviewed": list(case.reviewed), **case.facts}
 
 
+def _prepare(store: ModelStore, version: ModelVersion) -> None:
+    """Let OpenVINO prepare a version before it serves, so that nobody waits for that."""
+    if os.environ.get("MSHUB_ENGINE") != "torch":
+        reason = prepare_openvino(ModelFolder.open(version.model_path), store.home / "openvino")
+        logger.info("on a CPU: %s", reason or "OpenVINO will run it")
+
+
 def _promote(store: ModelStore, job: Job, version: ModelVersion) -> None:
     """Let the candidate serve if the gate says so, and if what it was compared with still serves."""
     lineage = version.record["lineage"]
@@ -384,5 +392,6 @@ def _promote(store: ModelStore, job: Job, version: ModelVersion) -> None:
         step["to"] == version.version for step in store.history(version.model_id)
     ):
         return
+    _prepare(store, version)
     reason = f"gate: {lineage['verdict']['summary']}"
     store.promote(version.model_id, version.version, reason, instead_of=lineage["scores"].keys())

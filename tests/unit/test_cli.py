@@ -25,6 +25,7 @@ from mshub.errors import StoreError
 from mshub.geometry import same_grid
 from mshub.install import add_model, version_record
 from mshub.jobs import Job, Jobs
+from mshub.nnunet import openvino_network
 from mshub.nnunet.folder import ModelFolder
 from mshub.nnunet.network_cache import NetworkCache
 from mshub.nnunet.predictor import PROFILES, NNUNetPredictor, PredictOptions
@@ -226,6 +227,24 @@ def test_verify_names_a_changed_file(run: Run, installed: ModelStore) -> None:
     result = run("verify", "tiny")
     assert result.code == 1
     assert "plans.json" in result.err
+
+
+@pytest.mark.skipif(not openvino_network.is_installed(), reason="OpenVINO is an extra: make openvino")
+@pytest.mark.parametrize("agrees", [True, False])
+def test_a_new_model_is_compared_with_openvino(
+    run: Run, liver_spleen: Path, store: ModelStore, agrees: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not agrees:
+        monkeypatch.setattr(openvino_network, "LARGEST_DIFFERENCE", 1e-12)
+    result = run("add", "tiny", liver_spleen, "--engine", "auto")
+    assert result.code == 0
+    kept = list((store.home / "openvino").glob("*.openvino"))
+    if agrees:
+        assert "On a CPU OpenVINO will run it." in result.out
+        assert len(kept) == 1
+    else:
+        assert "On a CPU torch will run it: OpenVINO computes something else than torch" in result.out
+        assert kept == []
 
 
 def test_predict_writes_probabilities_beside_the_label(

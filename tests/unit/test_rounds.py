@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from mshub.holdout import HoldOut, patient_number
 from mshub.install import add_model
 from mshub.jobs import Job, JobRequest, Jobs
 from mshub.lineage import new_cases, rounds
-from mshub.nnunet import planning
+from mshub.nnunet import openvino_network, planning
 from mshub.nnunet.folder import ModelFolder
 from mshub.nnunet.network_cache import NetworkCache
 from mshub.nnunet.predictor import PROFILES, NNUNetPredictor, PredictOptions
@@ -755,3 +756,17 @@ def test_a_model_trained_from_scratch_can_be_continued(
 
 def test_the_hold_out_takes_the_patients_these_tests_count_on() -> None:
     assert [f"patient {number}" for number in range(10) if patient_number(f"patient {number}") < 1 / 3] == list(JUDGES)
+
+
+@pytest.mark.skipif(not openvino_network.is_installed(), reason="OpenVINO is an extra: make openvino")
+@pytest.mark.parametrize("engine", ["auto", "torch"])
+def test_openvino_prepares_what_is_about_to_serve(
+    promoted: tuple[ModelStore, Job], engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MSHUB_ENGINE", engine)
+    store = ModelStore(tmp_path / "home")
+    shutil.copytree(promoted[0].home / "models", store.home / "models")
+    rounds_module._prepare(store, store.current("tiny"))
+    folds = ModelFolder.open(store.current("tiny").model_path).folds
+    kept = list((store.home / "openvino").glob(f"*{openvino_network.SUFFIX}"))
+    assert len(kept) == (len(folds) if engine == "auto" else 0)

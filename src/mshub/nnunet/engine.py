@@ -97,15 +97,8 @@ class Engine:
         """Let OpenVINO run the networks, if it can and the device is the CPU."""
         if self.device.type != "cpu":
             return
-        shape = (len(self._folder.channels), *self._configuration.patch_size)
-        has_regions = self._window.label_manager.has_regions
         try:
-            networks = [
-                openvino_network.prepared(
-                    load_network(self._folder, weights), shape, cache=kept, has_regions=has_regions
-                )
-                for weights in parameters
-            ]
+            networks = [_by_openvino(self._folder, weights, kept) for weights in parameters]
         except PredictionError as error:
             if is_demanded:
                 raise
@@ -230,6 +223,36 @@ class Engine:
         channels = [before + self._structures_of_channels().index(name) for name in structures]
         maps = self._export.probabilities(logits, properties, channels)
         return dict(zip(structures, maps, strict=True))
+
+
+def _by_openvino(folder: ModelFolder, weights: dict[str, Any], kept: Path | None) -> OpenVINONetwork:
+    shape = (len(folder.channels), *folder.configuration_manager.patch_size)
+    has_regions = folder.plans_manager.get_label_manager(folder.dataset).has_regions
+    return openvino_network.prepared(load_network(folder, weights), shape, cache=kept, has_regions=has_regions)
+
+
+def prepare_openvino(folder: ModelFolder, kept: Path) -> str:
+    """Compare OpenVINO with torch, and keep what it made of the networks: the first request need not wait for that.
+
+    Parameters
+    ----------
+    folder : ModelFolder
+    kept : Path
+        As for `Engine`.
+
+    Returns
+    -------
+    str
+        Why torch will run this model, as a sentence; empty if OpenVINO will.
+    """
+    if not openvino_network.is_installed():
+        return "OpenVINO is not installed."
+    try:
+        for fold in folder.folds:
+            _by_openvino(folder, folder.checkpoint(fold)["network_weights"], kept)
+    except PredictionError as error:
+        return str(error)
+    return ""
 
 
 def check_weights(folder: ModelFolder) -> None:
