@@ -14,6 +14,7 @@ from factories import make_model_folder
 from mshub.errors import PredictionError
 from mshub.nnunet.engine import Engine, load_network
 from mshub.nnunet.folder import ModelFolder
+from mshub.nnunet.sliding_window import _constants
 
 CPU = torch.device("cpu")
 LABELS = {"background": 0, **{f"s{value}": value for value in range(1, 6)}}
@@ -62,6 +63,45 @@ def test_a_network_that_fails_is_an_error(tmp_path: Path, value: float) -> None:
     data[0, 8, 8, 8] = value
     with pytest.raises(PredictionError, match="not finite"):
         Engine(folder, folder.folds, CPU).logits(data, mirroring=False, step=0.5)
+
+
+@pytest.mark.parametrize("v1", [False, True], ids=["v2", "v1"])
+@pytest.mark.parametrize("mirroring", [True, False])
+def test_tiles_in_which_nothing_changes_are_calculated_once(
+    tmp_path: Path, mirroring: bool, v1: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if v1:
+        monkeypatch.setattr(ModelFolder, "predicts_as_v1", True)
+    folder = ModelFolder.open(make_model_folder(tmp_path / "model", channels=("CT", "PET"), folds=("0", "1")))
+    data = np.random.default_rng(2).normal(size=(2, 16, 24, 120)).astype(np.float32)
+    data[0, :, :, 40:] = -1.5
+    data[1, :, :, 40:] = 0.25
+    engine = Engine(folder, folder.folds, CPU)
+    calls: list[torch.Tensor] = []
+    network = engine._window.network
+    hook = network.register_forward_pre_hook(lambda _, inputs: calls.append(inputs[0]))
+    measures = engine.measures()
+    logits = engine.logits(data, mirroring=mirroring, step=0.5, measures=measures)
+    found = measures.result(logits, CPU, 1.0)
+    few = len(calls)
+    calls.clear()
+    monkeypatch.setattr("mshub.nnunet.sliding_window._constants", lambda _: None)
+    measures = engine.measures()
+    expected = engine.logits(data, mirroring=mirroring, step=0.5, measures=measures)
+    hook.remove()
+    assert torch.equal(logits, expected)
+    assert found.as_dict() == measures.result(expected, CPU, 1.0).as_dict()
+    assert any(bool((tile == tile[:, :, :1, :1, :1]).all()) for tile in calls)
+    assert few < 0.6 * len(calls)
+
+
+def test_a_tile_in_which_one_channel_changes_is_calculated() -> None:
+    tile = torch.ones(1, 2, 3, 4, 5)
+    assert _constants(tile) == (1.0, 1.0)
+    tile[0, 1, 2, 0, 0] = 2
+    assert _constants(tile) is None
+    tile[0, 1] = torch.nan
+    assert _constants(tile) is None
 
 
 def test_nothing_is_left_of_one_image_in_the_next(tmp_path: Path) -> None:

@@ -138,9 +138,9 @@ class Measures:
 
     # -- while it is predicted ----------------------------------------------------------------------------------
 
-    def deepest_features(self, _module: Any, _inputs: Any, output: Any) -> None:
-        """Take note of what the encoder made of a tile: a forward hook."""
-        self._deepest = output[-1] if isinstance(output, (list, tuple)) else output
+    def deepest_features(self, features: torch.Tensor) -> None:
+        """Take note of what the encoder made of a tile in the end, axes (batch, feature, *deepest grid)."""
+        self._deepest = features
 
     def one_pass(self, output: torch.Tensor, passes: int, mirrored: tuple[int, ...] = ()) -> None:
         """Look at the output for one tile or a mirrored copy of it.

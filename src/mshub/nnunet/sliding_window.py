@@ -62,6 +62,8 @@ class SlidingWindow(nnUNetPredictor):  # type: ignore[misc]
         """
         self._on_progress, self._done, self._total = on_progress, 0, 0
         self._check, self._measures = check, measures
+        self._features: torch.Tensor | None = None
+        self._of_constant: tuple[tuple[float, ...], torch.Tensor, torch.Tensor | None] | None = None
 
     def _internal_get_sliding_window_slicers(self, image_size: tuple[int, ...]) -> list[Any]:
         slicers: list[Any] = super()._internal_get_sliding_window_slicers(image_size)
@@ -83,11 +85,17 @@ class SlidingWindow(nnUNetPredictor):  # type: ignore[misc]
         if self._measures is None or encoder is None:
             yield
             return
-        hook = encoder.register_forward_hook(self._measures.deepest_features)
+        hook = encoder.register_forward_hook(self._note_features)
         try:
             yield
         finally:
             hook.remove()
+
+    def _note_features(self, _module: Any, _inputs: Any, output: Any) -> None:
+        """Take note of what the encoder made of a tile: a forward hook."""
+        self._features = output[-1] if isinstance(output, (list, tuple)) else output
+        if self._measures is not None:
+            self._measures.deepest_features(self._features)
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def predict_logits_from_preprocessed_data(self, data: torch.Tensor) -> torch.Tensor:
@@ -102,6 +110,7 @@ class SlidingWindow(nnUNetPredictor):  # type: ignore[misc]
         return mean if folds == 1 else mean.div_(folds)
 
     def _of_fold(self, fold: int, data: torch.Tensor) -> torch.Tensor:
+        self._of_constant = None
         if self._networks:
             self._running = self._networks[fold]
         else:
@@ -179,13 +188,37 @@ class SlidingWindow(nnUNetPredictor):  # type: ignore[misc]
             self._on_progress(self._done, self._total)
 
     def _outcome(self, x: torch.Tensor) -> torch.Tensor:
-        return self._running(x)
+        return self._output(x)
+
+    def _output(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the network's output; that of a tile in which nothing changes is calculated once.
+
+        Such tiles lie in the air around a body, and their mirrored copies are the same tile.
+        """
+        values = _constants(x)
+        if values is None:
+            return self._running(x)
+        if self._of_constant is None or self._of_constant[0] != values:
+            self._features = None
+            self._of_constant = values, self._running(x).clone(), self._features
+        elif self._measures is not None and self._of_constant[2] is not None:
+            self._measures.deepest_features(self._of_constant[2])
+        return self._of_constant[1].clone()
 
     def _flips(self) -> Iterator[tuple[int, ...]]:
         """Yield the axes of (batch, channel, *spatial) tensors to flip together, beginning with none."""
         axes = [axis + 2 for axis in self.allowed_mirroring_axes or ()] if self.use_mirroring else []
         for count in range(len(axes) + 1):
             yield from combinations(axes, count)
+
+
+def _constants(x: torch.Tensor) -> tuple[float, ...] | None:
+    """Return the value of each channel of a tile, axes (1, channel, *spatial), that has only one; None of another."""
+    channels = x[0].flatten(1)
+    first = channels[:, 0]
+    if not torch.equal(first, channels[:, -1]) or not bool((channels == first[:, None]).all()):
+        return None
+    return tuple(first.tolist())
 
 
 def _add_tile(
@@ -222,7 +255,7 @@ class ProbabilityWindow(SlidingWindow):
         return probabilities
 
     def _outcome(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.softmax(self._running(x).float(), dim=1)
+        return torch.softmax(self._output(x).float(), dim=1)
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def _internal_predict_sliding_window_return_logits(
