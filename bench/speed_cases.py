@@ -145,7 +145,8 @@ def preprocessing_cases(quick: bool) -> list[Case]:
     ]
 
 
-STARTER, ORGAN_MODEL, REAL = "starter model, phantom", "organ model, synthetic CT", "organ model, CT"
+STARTER, REAL = "starter model, phantom", "organ model, CT"
+ORGAN_MODEL, COARSE = "organ model at 1.5 mm, synthetic CT", "organ model at 3 mm, synthetic CT"
 
 
 def request_cases(quick: bool, real: Path | None) -> list[Case]:
@@ -154,6 +155,7 @@ def request_cases(quick: bool, real: Path | None) -> list[Case]:
     fine = (SPACING_MM,) * 3
     if not quick:
         cases.append(Case("request", ORGAN_MODEL, Geometry((100, 256, 256), (2.25, 1.17, 1.17), fine), ORGANS + 1))
+        cases.append(Case("request", COARSE, Geometry((120, 512, 512), (2.5, 0.8, 0.8), (3.0, 3.0, 3.0)), ORGANS + 1))
     if real is not None:
         cases.append(Case("request", REAL, _geometry_of(real, fine), heads=ORGANS + 1))
     return cases
@@ -235,7 +237,8 @@ def _prepare_request(case: Case, folder: Path, real: Path | None) -> Json:
         shutil.copyfile(_starter_image(), image)
     else:
         model = write_model(folder / "model", case.heads, ORGAN_PATCH, ORGAN_FEATURES)
-        synthetic = Geometry(ORGAN_PATCH, (SPACING_MM,) * 3, (SPACING_MM,) * 3)
+        _set_spacing(model, case.geometry.network_spacing)
+        synthetic = Geometry(ORGAN_PATCH, case.geometry.network_spacing, case.geometry.network_spacing)
         _write_image(folder / "bias.nii.gz", synthetic_ct(synthetic), synthetic.spacing)
         favour_background(model, folder / "bias.nii.gz", "cpu", FOREGROUND)
         if case.name == REAL and real is not None:
@@ -245,6 +248,14 @@ def _prepare_request(case: Case, folder: Path, real: Path | None) -> Json:
     home = folder / "home"
     add_model(ModelStore(home), MODEL_ID, model)
     return {"model": str(model), "image": str(image), "tiny": str(tiny), "home": str(home), "model_id": MODEL_ID}
+
+
+def _set_spacing(model: Path, spacing: Triple) -> None:
+    file = model / "plans.json"
+    plans = json.loads(file.read_text(encoding="utf-8"))
+    for configuration in plans["configurations"].values():
+        configuration["spacing"] = list(spacing)
+    file.write_text(json.dumps(plans), encoding="utf-8")
 
 
 def _write_image(path: Path, voxels: Array, spacing: Triple) -> None:
