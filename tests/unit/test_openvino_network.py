@@ -241,7 +241,11 @@ def test_the_torch_network_stays_as_it_was(network: torch.nn.Module) -> None:
 def measured(network: Any) -> tuple[float, ...]:
     """Return the embedding that is measured in two passes over two tiles."""
     measures = Measures(Heads(("liver", "spleen")))
-    hook = network.encoder.register_forward_hook(measures.deepest_features)
+
+    def note(_module: Any, _inputs: Any, output: Any) -> None:
+        measures.deepest_features(output[-1] if isinstance(output, list) else output)
+
+    hook = network.encoder.register_forward_hook(note)
     for seed in (1, 2):
         tile = noise(seed=seed)
         measures.one_pass(outputs(network, tile), 2)

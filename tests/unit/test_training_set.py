@@ -67,6 +67,8 @@ def assert_as_nnunet(found: TrainingSet, case: ReviewedCase, model: ModelFolder,
     np.testing.assert_array_equal(segmentation_found, segmentation)
     for classes, places in properties.pop("class_locations").items():
         np.testing.assert_array_equal(properties_found["class_locations"][classes], places)
+    for name, numbers in properties.pop("sitk_stuff", {}).items():
+        np.testing.assert_array_equal(properties_found["sitk_stuff"][name], numbers, err_msg=name)  # -0 is 0
     for name, value in properties.items():
         np.testing.assert_equal(properties_found[name], value, err_msg=name)
 
