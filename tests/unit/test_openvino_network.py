@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -233,6 +234,32 @@ def test_the_torch_network_stays_as_it_was(network: torch.nn.Module) -> None:
     agreement(network, OpenVINONetwork.converted(network, SHAPE))
     assert torch.equal(outputs(network, noise()), before)
     assert not any(layer._forward_hooks for layer in network.modules())
+
+
+@needs_openvino
+def test_the_programs_own_arguments_do_not_make_openvino_talk(
+    network: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["program", "--verbose", "INFO"])
+    OpenVINONetwork.converted(network, SHAPE)
+    assert capfd.readouterr() == ("", "")
+    assert sys.argv == ["program", "--verbose", "INFO"]
+
+
+class Odd(torch.nn.Module):
+    """A network OpenVINO cannot convert."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.special.bessel_j0(x)
+
+
+@needs_openvino
+def test_the_programs_log_is_heard_after_a_conversion_that_failed(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        with pytest.raises(PredictionError, match="Let torch run it"):
+            OpenVINONetwork.converted(Odd(), SHAPE)
+        logging.getLogger("elsewhere").info("still here")
+    assert "still here" in caplog.text
 
 
 # -- the encoder's deepest features -----------------------------------------------------------------------------------

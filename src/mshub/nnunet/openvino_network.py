@@ -364,9 +364,24 @@ def _converted(network: torch.nn.Module, shape: tuple[int, ...]) -> Any:
     with _explained("convert"):
         openvino = _openvino()
         traced = _traced(network.eval(), synthetic_probe(shape))
-        model = openvino.convert_model(traced, input=[openvino.PartialShape([1, *shape])])
+        with _undisturbed_program():
+            model = openvino.convert_model(traced, input=[openvino.PartialShape([1, *shape])])
         _exact_normalisation(model)
         return model
+
+
+@contextmanager
+def _undisturbed_program() -> Iterator[None]:
+    """Let OpenVINO convert without taking this program's ``--verbose`` for its own, or leaving its log silenced."""
+    root, given = logging.getLogger(), sys.argv
+    level, filters, handlers = root.level, list(root.filters), list(root.handlers)
+    sys.argv = given[:1]
+    try:
+        yield
+    finally:
+        sys.argv = given
+        root.setLevel(level)
+        root.filters, root.handlers = filters, handlers
 
 
 def _traced(network: torch.nn.Module, probe: torch.Tensor) -> Any:
