@@ -218,7 +218,7 @@ def _report_profiles(version: ModelVersion, images: list[Path], device: str, run
     from mshub.nnunet.profile_figures import profile_figures
 
     options = PredictOptions(device=device, rules=version.card.input_rules, runtime=runtime)
-    cache = NetworkCache(kept=ModelStore().home / "openvino")
+    cache = NetworkCache(kept=ModelStore().prepared_networks)
     predictor = NNUNetPredictor(ModelFolder.open(version.model_path), cache)
     table = Table("profile", "seconds", "memory, MB", "Dice with accurate", "lowest")
     with err.status(f"measuring {', '.join(PROFILES)} ..."):
@@ -327,7 +327,7 @@ def predict(
     )
     with tile_progress() as progress:
         task = progress.add_task(f"{model_id} {version.version}", total=None)
-        predictor = NNUNetPredictor(ModelFolder.open(version.model_path), NetworkCache(kept=store.home / "openvino"))
+        predictor = NNUNetPredictor(ModelFolder.open(version.model_path), NetworkCache(kept=store.prepared_networks))
         prediction = predictor.predict(
             images, options, lambda done, total: progress.update(task, completed=done, total=total)
         )
@@ -644,7 +644,7 @@ def _prepare_engine(version: ModelVersion) -> None:
     if not is_installed():
         return
     with err.status("comparing OpenVINO with torch ..."):
-        reason = prepare_openvino(ModelFolder.open(version.model_path), ModelStore().home / "openvino")
+        reason = prepare_openvino(ModelFolder.open(version.model_path), ModelStore().prepared_networks)
     out.print(
         f"[yellow]On a CPU torch will run it:[/] {escape(reason)}" if reason else "On a CPU OpenVINO will run it.",
         soft_wrap=True,

@@ -381,7 +381,7 @@ def _case_facts(case: ReviewedCase) -> dict[str, Any]:
 def _prepare(store: ModelStore, version: ModelVersion) -> None:
     """Let OpenVINO prepare a version before it serves, so that nobody waits for that."""
     if os.environ.get("MSHUB_ENGINE") != "torch":
-        reason = prepare_openvino(ModelFolder.open(version.model_path), store.home / "openvino")
+        reason = prepare_openvino(ModelFolder.open(version.model_path), store.prepared_networks)
         logger.info("on a CPU: %s", reason or "OpenVINO will run it")
 
 

@@ -113,6 +113,11 @@ class ModelStore:
         """Return the cards shipped with MSHub and those of the models this lab added itself."""
         return Catalogue.load([self._cards] if self._cards.is_dir() else [])
 
+    @property
+    def prepared_networks(self) -> Path:
+        """Where what OpenVINO made of networks is kept; it may be deleted at any time."""
+        return self.home / "openvino"
+
     def installed(self) -> list[str]:
         """Return the ids of models that have a readable current version, sorted; others are named in the log."""
         return sorted(path.parent.name for path in self._models.glob("*/current") if self._is_readable(path.parent))

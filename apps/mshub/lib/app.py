@@ -64,7 +64,7 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
     def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
         self.config = Config.parse(conf or {})
         self.store = ModelStore(self.config.home)
-        self.cache = NetworkCache(int(self.config.cache_gb * 2**30), self.store.home / "openvino")
+        self.cache = NetworkCache(int(self.config.cache_gb * 2**30), self.store.prepared_networks)
         self.images = ImageCache(int(self.config.images_gb * 2**30))
         self.activity = Activity()
         self.jobs = Jobs(self.store.home)
