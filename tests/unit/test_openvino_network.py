@@ -144,13 +144,30 @@ def test_sums_over_a_large_patch_are_as_exact_as_those_of_torch() -> None:
 
 
 @needs_openvino
+def test_a_signal_is_heard_after_networks_have_come_and_gone() -> None:
+    """Each of OpenVINO's cores registers a stack for signals, and unmaps it when it is deleted."""
+    program = """
+import os, signal, torch
+from mshub.nnunet.openvino_network import OpenVINONetwork
+
+signal.signal(signal.SIGTERM, lambda *_: print("heard"))
+networks = [OpenVINONetwork.converted(torch.nn.Conv3d(1, 2, 3, padding=1), (1, 8, 8, 8)) for _ in range(3)]
+while networks:
+    networks.pop(0)
+    os.kill(os.getpid(), signal.SIGTERM)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "heard\n" * 3), done.stderr
+
+
+@needs_openvino
 def test_float32_is_asked_for_and_bfloat16_would_be_refused(
     network: torch.nn.Module, converted: OpenVINONetwork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import openvino
 
     assert setting(converted, "INFERENCE_PRECISION_HINT") == openvino.Type.f32
-    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    if "BF16" not in module._core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         pytest.skip("this CPU has no bfloat16")
     monkeypatch.setattr(module, "PRECISION", "bf16")
     rough = agreement(network, OpenVINONetwork.converted(network, SHAPE))

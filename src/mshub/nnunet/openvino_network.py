@@ -24,6 +24,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from pathlib import Path
@@ -95,7 +96,7 @@ class OpenVINONetwork:
 
     def __init__(self, model: Any) -> None:
         with _explained("run"):
-            compiled = _openvino().Core().compile_model(model, "CPU", _settings())
+            compiled = _core().compile_model(model, "CPU", _settings())
             self.shape = tuple(int(edge) for edge in compiled.input(0).shape)[1:]
             self.encoder = torch.nn.Identity() if len(compiled.outputs) > 1 else None
             self.nbytes = _weights_nbytes(model)
@@ -327,6 +328,16 @@ def _openvino() -> Any:
     return openvino
 
 
+@cache
+def _core() -> Any:
+    """Return the one core of this process.
+
+    A core gives the thread it is made in a stack for signals, and takes the memory away when it is deleted: after a
+    few of them the next signal, SIGTERM say, would be answered on memory that is gone, and end the process.
+    """
+    return _openvino().Core()
+
+
 @contextmanager
 def _explained(what: str) -> Iterator[None]:
     """Say in a sentence what failed; OpenVINO, torch and numpy raise nearly anything."""
@@ -507,7 +518,7 @@ def _version(package: str) -> str:
 
 def _cpu() -> str:
     """Return what OpenVINO knows of the CPU: what is kept was compared with torch on that one."""
-    core = _openvino().Core()
+    core = _core()
     known = chain([core.get_property("CPU", "FULL_DEVICE_NAME")], core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
     return " ".join(map(str, known))
 
@@ -545,7 +556,7 @@ class _Kept:
             openvino = _openvino()
             end = 8 + int.from_bytes(rest[:8], "little")
             weights = openvino.Tensor(np.frombuffer(rest[end:], np.uint8))
-            return OpenVINONetwork(openvino.Core().read_model(bytes(rest[8:end]), weights))
+            return OpenVINONetwork(_core().read_model(bytes(rest[8:end]), weights))
 
     def write(self, model: Any) -> None:
         """Keep a model; that it cannot be kept is logged, no more."""
