@@ -1,7 +1,7 @@
 """MSHub's predictions beside nnU-Net's own tools: time, memory, and whether the labels are the same.
 
     python bench/speed.py                          # all but the server; writes docs/performance.md and its plots
-    python bench/speed.py export --repeats 3       # one part: export, preprocessing, request or server
+    python bench/speed.py export --repeats 3       # one part: export, preprocessing, request, gpu or server
     python bench/speed.py --quick                  # small, in bench/out/speed-quick: does everything still run
     python bench/speed.py --report-only            # tables and plots of the last results
 
@@ -31,7 +31,7 @@ import psutil
 
 import speed_arms
 import speed_report
-from speed_arms import MSHUB, NNUNET
+from speed_arms import MSHUB, NNUNET, NNUNET_STEP
 
 if TYPE_CHECKING:
     from speed_cases import Case
@@ -40,12 +40,11 @@ Json = dict[str, Any]
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "bench" / "out"
-PARTS = ("export", "preprocessing", "request", "server")
+PARTS = ("export", "preprocessing", "request", "gpu", "server")
 REAL_CT = ROOT.parent / "shared" / "data" / "ct_torso" / "example_ct.nii.gz"
 SHARE_OF_MEMORY = 0.6
-OWN_BYTES = {"export": 2**29, "request": 3 * 2**30, "server": 3 * 2**30}
+OWN_BYTES = {"export": 2**29, "request": 3 * 2**30, "gpu": 5 * 2**30, "server": 3 * 2**30}
 """What a process needs besides: libraries, and for a request the network and its layers' outputs."""
-NNUNET_STEP = 0.5
 SERVED_PROFILE = "fast"
 THREAD_VARIABLES = (
     "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS", "nnUNet_def_n_proc",
@@ -73,6 +72,8 @@ def arms_of(case: Case, part: str, settings: Settings) -> list[Json]:
     """Return the arms of a case: the label is that of the arm ``reference``, times are beside those of ``beside``."""
     if part == "request":
         return list(_request_arms(case, settings))
+    if part == "gpu":
+        return list(_gpu_arms())
     if part == "server":
         return [{"name": f"POST /infer, profile {SERVED_PROFILE}", "program": MSHUB, "profile": SERVED_PROFILE}]
     return [{"name": name, "program": name, "reference": NNUNET, "beside": NNUNET} for name in (NNUNET, MSHUB)]
@@ -100,6 +101,15 @@ def _request_arms(case: Case, settings: Settings) -> Iterator[Json]:
         for profile in (profile for profile in profiles if profile.step == NNUNET_STEP):
             ours = {**same, "beside": cold, "program": MSHUB, "warm": False, "profile": profile.name}
             yield {**ours, "name": f"{MSHUB}, command line, {profile.name}"}
+
+
+def _gpu_arms() -> Iterator[Json]:
+    """Yield what stays warm on a GPU, with and without mirroring."""
+    for profile, more in (("balanced", ""), ("accurate", ", mirroring")):
+        warm = f"{NNUNET}, warm{more}"
+        same = {"mirroring": bool(more), "reference": warm, "beside": warm, "warm": True, "device": "cuda"}
+        yield {**same, "name": warm, "program": NNUNET}
+        yield {**same, "name": f"{MSHUB}, warm, {profile}", "program": MSHUB, "profile": profile, "runtime": "torch"}
 
 
 def _runtimes() -> tuple[str, ...]:
@@ -160,7 +170,7 @@ class Measurement:
             "part": part,
             "command": command,
             "date": datetime.date.today().isoformat(),
-            "machine": speed_report.machine(),
+            "machine": speed_report.machine(gpu=part == "gpu"),
             "threads": settings.threads,
             "repeats": settings.repeats,
             "cases": [],
@@ -220,13 +230,14 @@ class Measurement:
 
 def measure(parts: Sequence[str], settings: Settings, command: str) -> None:
     """Measure parts, and keep what came out."""
-    from speed_cases import export_cases, preprocessing_cases, request_cases
+    from speed_cases import export_cases, gpu_cases, preprocessing_cases, request_cases
 
     for part in parts:
         measurement = Measurement(part, settings, command)
         cases = {
             "export": lambda: export_cases(settings.quick),
             "preprocessing": lambda: preprocessing_cases(settings.quick),
+            "gpu": lambda: gpu_cases(settings.quick),
         }.get(part, lambda: request_cases(settings.quick, settings.real))()
         for case in cases:
             measurement.measure(case)
@@ -244,7 +255,9 @@ def same_for_all(settings: Settings) -> None:
 def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the command line's arguments."""
     parser = argparse.ArgumentParser(description="MSHub's predictions beside nnU-Net's own: time, memory, labels.")
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default: all but the server")
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default: all that there is but the server"
+    )
     parser.add_argument("--server", action="store_true", help="measure the server too")
     parser.add_argument("--repeats", type=int, help="default: 5, with --quick 1")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
@@ -261,10 +274,17 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"unknown part {unknown[0]}; expected some of {', '.join(PARTS)}")
     if found.real is not None and not (found.real.is_file() and found.real.name.endswith(".nii.gz")):
         parser.error(f"--real: found {found.real.name}, expected a CT, an existing file .nii.gz")
-    found.parts = [part for part in PARTS if part in (found.parts or PARTS[:-1]) or (part == "server" and found.server)]
+    wanted = found.parts or [*PARTS[:3], *["gpu"] * _has_gpu(), *["server"] * found.server]
+    found.parts = [part for part in PARTS if part in wanted]
     found.out = found.out or OUT / ("speed-quick" if found.quick else "speed")
     found.doc = found.doc or (found.out if found.quick else ROOT / "docs") / "performance.md"
     return found
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return bool(torch.cuda.is_available())
 
 
 def command_of(arguments: Sequence[str]) -> str:

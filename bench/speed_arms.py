@@ -32,6 +32,7 @@ Json = dict[str, Any]
 
 ROOT = Path(__file__).resolve().parent.parent
 NNUNET, MSHUB = "nnunetv2", "mshub"
+NNUNET_STEP = 0.5
 NNUNET_MAIN = (
     "from nnunetv2.inference.predict_from_raw_data import predict_entry_point_modelfolder;"
     "predict_entry_point_modelfolder()"
@@ -75,6 +76,7 @@ def work(task: Json) -> Json:
         "export": _export,
         "preprocessing": _preprocessing,
         "request": _request,
+        "gpu": _request,
         "server": _server,
     }[task["part"]]
     with contextlib.redirect_stdout(io.StringIO()):  # nnU-Net prints
@@ -196,12 +198,18 @@ def _request(task: Json) -> Json:
     import torch
 
     torch.set_num_threads(task["threads"])
+    on_gpu = task["arm"].get("device") == "cuda"
     request = (_warm_nnunet if task["arm"]["program"] == NNUNET else _warm_mshub)(task)
     with Meter() as meter:
         request(Path(task["tiny"]), Path(task["result"]), meter)
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
     with Meter() as meter:
         stages = request(Path(task["image"]), Path(task["result"]), meter)
     measured = meter.result(stages)
+    if on_gpu:
+        measured["gpu_peak"] = torch.cuda.max_memory_allocated()
+        measured["floor_s"] = floor_seconds(task, stages)
     if task["arm"]["program"] == MSHUB:
         with Meter() as again:
             stages = request(Path(task["image"]), Path(task["result"]), again)
@@ -232,10 +240,11 @@ def _warm_nnunet(task: Json) -> Request:
             if self.meter is not None:
                 self.meter.lap(stage)
 
+    device = torch.device(task["arm"].get("device", "cpu"))
     predictor = Timed(
         use_mirroring=task["arm"]["mirroring"],
-        perform_everything_on_device=False,
-        device=torch.device("cpu"),
+        perform_everything_on_device=device.type == "cuda",
+        device=device,
         allow_tqdm=False,
     )
     predictor.initialize_from_trained_model_folder(task["model"], ("0",), "checkpoint_final.pth")
@@ -277,7 +286,43 @@ def mshub_options(arm: Mapping[str, Any]) -> Any:
     """Return the options of an arm: what else a prediction can be asked for is added here."""
     from mshub.nnunet.predictor import PROFILES, PredictOptions
 
-    return PredictOptions(PROFILES[arm["profile"]], device="cpu", runtime=arm["runtime"])
+    device = arm.get("device", "cpu")
+    return PredictOptions(PROFILES[arm["profile"]], device=device, runtime=arm["runtime"])
+
+
+def floor_seconds(task: Json) -> float:
+    """Return how long the arithmetic of all passes takes at least: at the rate of a large product of matrices."""
+    import torch
+    from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from mshub.nnunet.engine import load_network
+    from mshub.nnunet.folder import ModelFolder
+
+    folder = ModelFolder.open(Path(task["model"]))
+    patch = folder.configuration_manager.patch_size
+    network = load_network(folder, folder.checkpoint("0")["network_weights"]).eval().cuda()
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        network(torch.zeros((1, len(folder.channels), *patch), device="cuda"))
+    image = [max(edges) for edges in zip(task["network_shape"], patch, strict=True)]
+    tiles = np.prod([len(steps) for steps in compute_steps_for_sliding_window(image, patch, NNUNET_STEP)])
+    copies = 2 ** len(folder.mirror_axes) if task["arm"]["mirroring"] else 1
+    return float(counter.get_total_flops() * tiles * copies / _operations_per_second())
+
+
+def _operations_per_second() -> float:
+    """Return the rate of a product of large matrices in half precision."""
+    import torch
+
+    matrix = torch.randn(8192, 8192, device="cuda", dtype=torch.half)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    matrix @ matrix  # warms up
+    begin.record()
+    for _ in range(10):
+        matrix @ matrix
+    end.record()
+    torch.cuda.synchronize()
+    return float(10 * 2 * len(matrix) ** 3 / (begin.elapsed_time(end) / 1000))
 
 
 def _cold(task: Json) -> Json:

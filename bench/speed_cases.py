@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from uncertainty_cost import SPACING_MM, favour_background, write_model  # noqa:
 
 Json = dict[str, Any]
 
-ORGAN_FEATURES, ORGAN_PATCH = 16, (96, 128, 128)
+ORGAN_FEATURES, DEFAULT_FEATURES, ORGAN_PATCH = 16, 32, (96, 128, 128)
 ORGANS = 43
 FOREGROUND = 0.15
 """Share of the voxels that structures of the organ model have."""
@@ -50,6 +50,8 @@ class Case:
         Of which growth curves it is a point: ``slices``, ``classes``.
     in_table : bool
         Whether it has rows of its own, besides.
+    features : int
+        Of the first stage of an organ model.
     """
 
     part: str
@@ -59,6 +61,7 @@ class Case:
     regions: bool = False
     curves: tuple[str, ...] = ()
     in_table: bool = True
+    features: int = ORGAN_FEATURES
 
     def facts(self) -> Json:
         """Return what a report needs to know."""
@@ -161,6 +164,12 @@ def request_cases(quick: bool, real: Path | None) -> list[Case]:
     return cases
 
 
+def gpu_cases(quick: bool) -> list[Case]:
+    """Return the cases of the part ``gpu``: a small network, and one of nnU-Net's default size."""
+    small, *organs = request_cases(quick, None)
+    return [small, *[replace(case, features=DEFAULT_FEATURES) for case in organs if case.name == ORGAN_MODEL]]
+
+
 def _geometry_of(image: Path, network_spacing: Triple) -> Geometry:
     header = nib.load(image).header
     x, y, z = header.get_data_shape()
@@ -236,7 +245,7 @@ def _prepare_request(case: Case, folder: Path, real: Path | None) -> Json:
     if case.name == STARTER:
         shutil.copyfile(_starter_image(), image)
     else:
-        model = write_model(folder / "model", case.heads, ORGAN_PATCH, ORGAN_FEATURES)
+        model = write_model(folder / "model", case.heads, ORGAN_PATCH, case.features)
         _set_spacing(model, case.geometry.network_spacing)
         synthetic = Geometry(ORGAN_PATCH, case.geometry.network_spacing, case.geometry.network_spacing)
         _write_image(folder / "bias.nii.gz", synthetic_ct(synthetic), synthetic.spacing)
@@ -247,7 +256,8 @@ def _prepare_request(case: Case, folder: Path, real: Path | None) -> Json:
             _write_image(image, synthetic_ct(case.geometry), case.geometry.spacing)
     home = folder / "home"
     add_model(ModelStore(home), MODEL_ID, model)
-    return {"model": str(model), "image": str(image), "tiny": str(tiny), "home": str(home), "model_id": MODEL_ID}
+    files = {"model": str(model), "image": str(image), "tiny": str(tiny), "home": str(home)}
+    return {**files, "model_id": MODEL_ID, "network_shape": case.geometry.network_shape}
 
 
 def _set_spacing(model: Path, spacing: Triple) -> None:

@@ -37,10 +37,10 @@ MB = 1e6
 NOTHING = ""
 
 
-def machine() -> Json:
-    """Return what the numbers depend on: processor, memory, versions."""
+def machine(*, gpu: bool = False) -> Json:
+    """Return what the numbers depend on: processor, memory, versions, and the GPU if it is that which is measured."""
     return {
-        "processor": _processor(),
+        "processor": f"{_gpu()}, {_processor()}" if gpu else _processor(),
         "cores": os.cpu_count(),
         "memory": psutil.virtual_memory().total,
         "system": f"{platform.system()}, Python {platform.python_version()}",
@@ -52,6 +52,12 @@ def _processor() -> str:
     information = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.+)", information.read_text()) if information.is_file() else None
     return found[1] if found else platform.processor() or platform.machine()
+
+
+def _gpu() -> str:
+    import torch
+
+    return str(torch.cuda.get_device_name()) if torch.cuda.is_available() else "no GPU"
 
 
 def _version(package: str) -> str | None:
@@ -126,6 +132,16 @@ def peak(run: Json) -> float:
 def extra(run: Json) -> float:
     """Largest resident memory above that before, MB."""
     return float(run["peak"] - run["baseline"]) / MB
+
+
+def gpu_peak(run: Json) -> float | None:
+    """Largest memory of a GPU that arrays had, MB."""
+    return run["gpu_peak"] / MB if "gpu_peak" in run else None
+
+
+def floor(run: Json) -> float | None:
+    """Seconds the arithmetic of the network takes at least."""
+    return run.get("floor_s")
 
 
 def again(run: Json) -> float | None:
@@ -207,6 +223,11 @@ def _pair_row(part: Part, case: Json, quantities: Iterable[Callable[[Json], floa
 def request_table(part: Part, case: Json) -> str:
     """Return all arms of a whole request; ratios are to nnU-Net, warm or not, with mirroring or not, as the arm is."""
     name, rows = case["name"], []
+    others: dict[str, Callable[[Json], float | None]] = {
+        "peak MB": peak, "above the baseline": extra, "second request, wall s": again
+    }  # fmt: skip
+    if part.name == "gpu":
+        others |= {"peak MB of the GPU": gpu_peak, "arithmetic alone, s": floor}
     for arm in part.arms(name):
         beside = part.runs(name, arm)[0]["beside"]
         row = [arm]
@@ -214,10 +235,9 @@ def request_table(part: Part, case: Json) -> str:
             values = part.values(name, arm, quantity)
             theirs = part.values(name, beside, quantity) if arm != beside else []
             row += [spread(values) or part.trouble(name, arm), ratio(theirs, values)]
-        row += [spread(part.values(name, arm, quantity)) for quantity in (peak, extra, again)]
+        row += [spread(part.values(name, arm, quantity)) for quantity in others.values()]
         rows.append([*row, _difference(part, name, arm)])
-    head = ["arm", "wall s", NOTHING, "CPU s", NOTHING, "peak MB", "above the baseline", "second request, wall s"]
-    return table([*head, "differing voxels"], rows)
+    return table(["arm", "wall s", NOTHING, "CPU s", NOTHING, *others, "differing voxels"], rows)
 
 
 def _foreground(part: Part, case: str) -> str:
@@ -390,15 +410,16 @@ def preprocessing_section(part: Part, _: Path) -> str:
 
 
 def request_section(part: Part, images: Path) -> str:
-    """Return the section on whole requests, and draw its plot."""
-    draw_stages(part, images / "performance-stages.png")
-    lines = ["### Whole requests\n", part.origin()]
+    """Return the section on whole requests, on the CPU or on a GPU, and draw its plot."""
+    title, plot = REQUESTS[part.name]
+    draw_stages(part, images / plot)
+    lines = [f"### {title}\n", part.origin()]
     for case in part.cases:
         geometry = case["geometry"]
         network = grid(case["network_shape"], geometry["network_spacing"])
         where = f"{grid(geometry['shape'], geometry['spacing'])}, network {network}{_foreground(part, case['name'])}"
         lines += [f"**{case['name']}** ({where})\n", request_table(part, case), stage_table(part, case)]
-    return "\n".join([*lines, f"![Time of each stage]({images.name}/performance-stages.png)\n"])
+    return "\n".join([*lines, f"![Time of each stage]({images.name}/{plot})\n"])
 
 
 def server_section(part: Part, _: Path) -> str:
@@ -406,10 +427,15 @@ def server_section(part: Part, _: Path) -> str:
     return "\n".join(["### The server\n", part.origin(), server_table(part)])
 
 
+REQUESTS = {
+    "request": ("Whole requests", "performance-stages.png"),
+    "gpu": ("Whole requests on a GPU", "performance-gpu.png"),
+}
 SECTIONS = {
     "export": export_section,
     "preprocessing": preprocessing_section,
     "request": request_section,
+    "gpu": request_section,
     "server": server_section,
 }
 

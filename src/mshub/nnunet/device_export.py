@@ -46,7 +46,8 @@ def write_labels_on_device(
     """
     winners = find_winners_on_device(logits, threshold, unsure)
     z, y, x = _on_device(axes, logits.device)
-    labels = torch.as_tensor(codes.astype(np.int32), device=logits.device)
+    dtype = np.int32 if codes.dtype == np.uint16 else codes.dtype  # torch has few operations for uint16
+    labels = torch.as_tensor(codes.astype(dtype), device=logits.device)
     slices = max(1, VALUES_AT_ONCE // (8 * out[0].size))
     for begin in range(0, len(out), slices):
         part = tuple(array[begin : begin + slices] for array in z)
@@ -89,10 +90,11 @@ def find_winners_on_device(logits: torch.Tensor, threshold: float, unsure: int) 
             part.copy_(_last_region(values >= threshold))
             continue
         places = _ordinals(values)
-        two = places.topk(min(2, len(places)), dim=0)
-        part.copy_(two.indices[0])
+        first = places.max(0)
+        part.copy_(first.indices)
         if len(places) > 1:
-            part[two.values[0].long() - two.values[1].long() <= MARGIN] = unsure
+            others = places.scatter(0, first.indices[None], torch.iinfo(places.dtype).min)
+            part[first.values.long() - others.amax(0).long() <= MARGIN] = unsure
     return winners
 
 
@@ -138,15 +140,15 @@ class _Part:
 
         Rounded to the precision of the logits; float64, axes (class, voxel).
         """
-        flat, shape = self._logits.flatten(1), self._logits.shape[1:]
-        total = torch.zeros((), dtype=torch.float64, device=flat.device)
+        logits = self._logits
+        total = torch.zeros((), dtype=torch.float64, device=logits.device)
         for corner in np.ndindex(2, 2, 2):
             z, y, x = (self._axes[axis][end][chosen[:, axis]] for axis, end in enumerate(corner))
-            value = flat[:, (z * shape[1] + y) * shape[2] + x].double()
+            value = logits[:, z, y, x].double()
             for axis, end in enumerate(corner):
                 value *= self._axes[axis][2 + end][chosen[:, axis]]
             total = total + value
-        return _half(total) if flat.dtype == torch.float16 else total.float().double()
+        return _half(total) if logits.dtype == torch.float16 else total.float().double()
 
 
 def _last_region(inside: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 
 from mshub.errors import ModelFolderError, PredictionError
 from mshub.nnunet import openvino_network
+from mshub.nnunet.cuda_network import CUDANetwork
 from mshub.nnunet.export import Export
 from mshub.nnunet.folder import ModelFolder
 from mshub.nnunet.measures import Heads, Measures
@@ -61,8 +62,6 @@ class Engine:
     device : torch.device
     runtime : str
         ``torch`` or ``openvino``.
-    nbytes : int
-        Size of the weights of all folds.
     """
 
     def __init__(
@@ -87,16 +86,28 @@ class Engine:
             folder.mirror_axes or None,  # nnU-Net takes the maximum of the axes: an empty tuple must not reach it
         )
         self._export = Export(folder)
-        self.nbytes = sum(tensor.nbytes for weights in parameters for tensor in weights.values())
         self.runtime = "torch"
-        self._of_openvino: list[OpenVINONetwork] = []
-        if runtime == "openvino" or (runtime == "auto" and openvino_network.is_installed()):
+        self._networks: Sequence[OpenVINONetwork | CUDANetwork] = ()
+        self._weights_nbytes = sum(tensor.nbytes for weights in parameters for tensor in weights.values())
+        if device.type != "cpu":
+            networks = [
+                CUDANetwork(load_network(folder, weights), _tile_shape(folder), device) for weights in parameters
+            ]
+            self._run_by(networks)
+        elif runtime == "openvino" or (runtime == "auto" and openvino_network.is_installed()):
             self._take_openvino(parameters, kept, is_demanded=runtime == "openvino")
 
+    @property
+    def nbytes(self) -> int:
+        """Size of the weights of all folds, and of what a network keeps between passes."""
+        return sum(network.nbytes for network in self._networks) or self._weights_nbytes
+
+    def _run_by(self, networks: Sequence[OpenVINONetwork | CUDANetwork]) -> None:
+        self._window.run_instead(networks)
+        self._networks = networks
+
     def _take_openvino(self, parameters: Sequence[dict[str, Any]], kept: Path | None, *, is_demanded: bool) -> None:
-        """Let OpenVINO run the networks, if it can and the device is the CPU."""
-        if self.device.type != "cpu":
-            return
+        """Let OpenVINO run the networks, if it can."""
         try:
             networks = [_by_openvino(self._folder, weights, kept) for weights in parameters]
         except PredictionError as error:
@@ -104,9 +115,8 @@ class Engine:
                 raise
             logger.warning("torch runs %s, slower: %s", self._folder.path, error)
             return
-        self._window.run_instead(networks)
-        self._of_openvino = networks
-        self.runtime, self.nbytes = "openvino", sum(network.nbytes for network in networks)
+        self._run_by(networks)
+        self.runtime = "openvino"
 
     def preprocess(
         self, data: Array, properties: dict[str, Any], body_only: bool = False
@@ -199,7 +209,7 @@ class Engine:
                 torch.from_numpy(data).contiguous().float()
             )
         finally:
-            for network in self._of_openvino:
+            for network in self._networks:
                 network.release()
         return logits
 
@@ -225,10 +235,16 @@ class Engine:
         return dict(zip(structures, maps, strict=True))
 
 
+def _tile_shape(folder: ModelFolder) -> tuple[int, ...]:
+    """Return the shape of a tile, (channel, *patch)."""
+    return (len(folder.channels), *folder.configuration_manager.patch_size)
+
+
 def _by_openvino(folder: ModelFolder, weights: dict[str, Any], kept: Path | None) -> OpenVINONetwork:
-    shape = (len(folder.channels), *folder.configuration_manager.patch_size)
     has_regions = folder.plans_manager.get_label_manager(folder.dataset).has_regions
-    return openvino_network.prepared(load_network(folder, weights), shape, cache=kept, has_regions=has_regions)
+    return openvino_network.prepared(
+        load_network(folder, weights), _tile_shape(folder), cache=kept, has_regions=has_regions
+    )
 
 
 def prepare_openvino(folder: ModelFolder, kept: Path) -> str:

@@ -83,7 +83,7 @@ class Export:
             return self._as_nnunet(logits, properties)
         whole: Array = np.zeros(properties["shape_before_cropping"], self._dtype())
         cropped = whole[tuple(slice(*edges) for edges in properties["bbox_used_for_cropping"])]
-        self._fill(cropped, logits.contiguous(), self._axes(logits.shape[1:], properties))
+        self._fill(cropped, logits, self._axes(logits.shape[1:], properties))
         return whole.transpose(self._plans.transpose_backward)
 
     def probabilities(self, logits: torch.Tensor, properties: Mapping[str, Any], channels: Sequence[int]) -> Array:
@@ -118,7 +118,7 @@ class Export:
         head = torch.sigmoid if self._labels.has_regions else partial(torch.softmax, dim=0)
         head = head if logits.dtype == torch.float16 else torch.Tensor.float
         write_probabilities(
-            logits.contiguous(), head, self._axes(logits.shape[1:], properties), channels, whole[(slice(None), *box)]
+            logits, head, self._axes(logits.shape[1:], properties), channels, whole[(slice(None), *box)]
         )
         return whole.transpose(0, *[1 + axis for axis in self._plans.transpose_backward])
 
@@ -129,7 +129,7 @@ class Export:
         if logits.device.type != "cpu":
             write_labels_on_device(logits, threshold, axes, codes, unsure, out)
             return
-        bits = bits_of(logits)
+        bits = bits_of(logits.contiguous())
         winners = np.empty(bits.shape[1:], np.uint8 if unsure == 255 else np.uint16)
         find = (
             partial(find_regions, bits, threshold, winners)

@@ -7,21 +7,21 @@ rule.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from itertools import combinations
 from typing import Any
 
-import numpy as np
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 
-from mshub.nnunet.half_precision import bits_of, check_finite, not_finite
-from mshub.nnunet.kernels import in_parts
+from mshub.nnunet.half_precision import check_finite
 from mshub.nnunet.measures import Measures
-from mshub.nnunet.window_kernels import add_mirrored, add_tile, divide
+from mshub.nnunet.window_sums import SumsOnCPU, SumsOnDevice, add_copy, first_copy
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 """Called with (tiles done, tiles in all) while the network runs."""
@@ -43,7 +43,7 @@ class SlidingWindow(nnUNetPredictor):  # type: ignore[misc]
         self.tile_step_size = 0.5
         self.device = device
         self._networks: tuple[Network, ...] = ()
-        self.perform_everything_on_device = device.type == "cuda"
+        self.perform_everything_on_device = False  # where the sums are is decided here
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = True
         self.start(None)
@@ -63,6 +63,9 @@ class SlidingWindow(nnUNetPredictor):  # type: ignore[misc]
         self._on_progress, self._done, self._total = on_progress, 0, 0
         self._check, self._measures = check, measures
         self._features: torch.Tensor | None = None
+        self._constants: tuple[float, ...] | None = None
+        if self.device.type == "cuda":
+            self._tile_end = torch.cuda.Event()
         self._of_constant: tuple[tuple[float, ...], torch.Tensor, torch.Tensor | None] | None = None
 
     def _internal_get_sliding_window_slicers(self, image_size: tuple[int, ...]) -> list[Any]:
@@ -120,56 +123,47 @@ class SlidingWindow(nnUNetPredictor):  # type: ignore[misc]
         return logits
 
     def run_instead(self, networks: Sequence[Network]) -> None:
-        """Let other networks, one of each fold, do what torch's would do; its weights are given up."""
+        """Let other networks, one of each fold, do what torch's would do, which is given up with its weights."""
         self._networks = tuple(networks)
+        self.network = torch.nn.Identity()
         self.list_of_parameters: list[dict[str, Any]] = [{} for _ in networks]
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def _internal_predict_sliding_window_return_logits(
-        self, data: torch.Tensor, slicers: list[Any], do_on_device: bool = True
+        self, data: torch.Tensor, slicers: list[Any], _do_on_device: bool = True
     ) -> torch.Tensor:
+        sums = self._sums(tuple(data.shape[1:]))
+        for tile, slicer in self._tiles(data, slicers):
+            sums.add(*self._sum_of_passes(tile), slicer)
+        return sums.mean()
+
+    def _sums(self, shape: tuple[int, ...]) -> SumsOnCPU | SumsOnDevice:
+        """Return sums for an image where the network is, or else, where that has too little memory, in main memory."""
+        facts = self.label_manager.num_segmentation_heads, shape, tuple(self.configuration_manager.patch_size)
         if self.device.type != "cpu":
-            logits: torch.Tensor = super()._internal_predict_sliding_window_return_logits(data, slicers, do_on_device)
-            check_finite(logits)
-            return logits
-        patch = tuple(self.configuration_manager.patch_size)
-        gaussian = compute_gaussian(patch, sigma_scale=1 / 8, value_scaling_factor=10, device=self.device)
-        exact = gaussian.float()
-        sums = torch.zeros((self.label_manager.num_segmentation_heads, *data.shape[1:]), dtype=torch.half)
-        weights = torch.zeros(data.shape[1:], dtype=torch.half)
+            try:
+                return SumsOnDevice(*facts, self.device)
+            except torch.OutOfMemoryError:
+                logger.warning(
+                    "%s has no memory left for the output of the network; it goes to main memory", self.device
+                )
+        return SumsOnCPU(*facts)
+
+    def _tiles(self, data: torch.Tensor, slicers: list[Any]) -> Iterator[tuple[torch.Tensor, Any]]:
+        """Yield the tiles of an image, axes (1, channel, *patch), on the device of the network, and where they lie."""
+        there = data.to(self.device)
         for slicer in slicers:
-            total, copies = self._sum_of_passes(data[slicer][None].contiguous())
-            _add_tile(sums, total, copies, exact, slicer)
-            weights[slicer[1:]] += gaussian
-        if not all(in_parts(partial(divide, bits_of(sums), bits_of(weights)), len(sums))):
-            raise not_finite()
-        return sums
+            self._constants = _constants(data[slicer][None])  # of the image on the CPU: a GPU is not waited for
+            yield there[slicer][None].contiguous(), slicer
 
     def _sum_of_passes(self, x: torch.Tensor) -> tuple[torch.Tensor, int]:
         """Return the sum of the network's outputs for a tile and its mirrored copies, and how many there are."""
         flips = list(self._flips())
-        total = self._pass(x, flips[0], len(flips)).contiguous()
+        total = first_copy(self._pass(x, flips[0], len(flips)))
         for axes in flips[1:]:
-            _add_mirrored(total, self._pass(x, axes, len(flips)).contiguous(), axes)
+            add_copy(total, self._pass(x, axes, len(flips)), axes)
         self._end_of_tile()
         return total, len(flips)
-
-    def _internal_maybe_mirror_and_predict(self, x: torch.Tensor) -> torch.Tensor:
-        passes = self._passes(x)
-        prediction = next(passes)
-        for output in passes:
-            prediction += output
-        prediction /= self._count
-        return prediction
-
-    def _passes(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Yield the network's outputs for a tile and its mirrored copies, turned back; then count the tile."""
-        flips = list(self._flips())
-        self._count = len(flips)
-        for axes in flips:
-            output = self._pass(x, axes, len(flips))
-            yield torch.flip(output, axes) if axes else output
-        self._end_of_tile()
 
     def _pass(self, x: torch.Tensor, axes: tuple[int, ...], passes: int) -> torch.Tensor:
         """Return the network's output for a copy of a tile, mirrored as the copy is."""
@@ -183,9 +177,17 @@ class SlidingWindow(nnUNetPredictor):  # type: ignore[misc]
     def _end_of_tile(self) -> None:
         if self._measures is not None:
             self._measures.end_of_tile()
+        self._wait_for_tile_before()
         self._done += 1
         if self._on_progress is not None:
             self._on_progress(self._done, self._total)
+
+    def _wait_for_tile_before(self) -> None:
+        """Let a GPU work on one tile more than is waited for: it has always something to do, and progress is true."""
+        if self.device.type == "cuda":
+            before, self._tile_end = self._tile_end, torch.cuda.Event()
+            self._tile_end.record(torch.cuda.current_stream(self.device))
+            before.synchronize()
 
     def _outcome(self, x: torch.Tensor) -> torch.Tensor:
         return self._output(x)
@@ -195,12 +197,13 @@ class SlidingWindow(nnUNetPredictor):  # type: ignore[misc]
 
         Such tiles lie in the air around a body, and their mirrored copies are the same tile.
         """
-        values = _constants(x)
+        values = self._constants
         if values is None:
             return self._running(x)
         if self._of_constant is None or self._of_constant[0] != values:
             self._features = None
-            self._of_constant = values, self._running(x).clone(), self._features
+            output = self._running(x).clone()
+            self._of_constant = values, output, None if self._features is None else self._features.clone()
         elif self._measures is not None and self._of_constant[2] is not None:
             self._measures.deepest_features(self._of_constant[2])
         return self._of_constant[1].clone()
@@ -221,27 +224,6 @@ def _constants(x: torch.Tensor) -> tuple[float, ...] | None:
     return tuple(first.tolist())
 
 
-def _add_tile(
-    sums: torch.Tensor, total: torch.Tensor, copies: int, weights: torch.Tensor, slicer: tuple[slice | int, ...]
-) -> None:
-    """Add a tile, axes (1, class, *spatial), to the sums of the image; of a 2d network it lies in one slice."""
-    places = [slice(place, place + 1) if isinstance(place, int) else place for place in slicer[1:]]
-    z, y, x = (place.start for place in places)
-    shape = tuple(place.stop - place.start for place in places)
-    tile, weight = total.reshape(-1, *shape).numpy(), weights.reshape(shape).numpy()
-    share: Any = np.float32(1 / copies)
-    in_parts(partial(add_tile, bits_of(sums), tile, share, weight, (z, y, x)), len(tile))
-
-
-def _add_mirrored(total: torch.Tensor, output: torch.Tensor, axes: tuple[int, ...]) -> None:
-    """Add an output, axes (1, class, *spatial), turned back along `axes` of it; a 2d network's lacks one."""
-    missing = 5 - total.ndim
-    shape = (total.shape[1], *[1] * missing, *total.shape[2:])
-    mirrored = [axis + 2 - missing in axes for axis in range(3)]
-    arrays = total.view(shape).numpy(), output.view(shape).numpy()
-    in_parts(partial(add_mirrored, *arrays, *mirrored), len(arrays[0]))
-
-
 class ProbabilityWindow(SlidingWindow):
     """nnU-Net v1's rule: a softmax per forward pass, averaged in float32, weighted by the same Gaussian.
 
@@ -249,9 +231,12 @@ class ProbabilityWindow(SlidingWindow):
     """
 
     def _internal_maybe_mirror_and_predict(self, x: torch.Tensor) -> torch.Tensor:
+        flips = list(self._flips())
         probabilities = torch.zeros((), dtype=torch.float32, device=x.device)
-        for softmax in self._passes(x):
-            probabilities = probabilities + softmax / self._count
+        for axes in flips:
+            softmax = self._pass(x, axes, len(flips))
+            probabilities = probabilities + (torch.flip(softmax, axes) if axes else softmax) / len(flips)
+        self._end_of_tile()
         return probabilities
 
     def _outcome(self, x: torch.Tensor) -> torch.Tensor:
@@ -259,17 +244,16 @@ class ProbabilityWindow(SlidingWindow):
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def _internal_predict_sliding_window_return_logits(
-        self, data: torch.Tensor, slicers: list[Any], do_on_device: bool = True
+        self, data: torch.Tensor, slicers: list[Any], _do_on_device: bool = True
     ) -> torch.Tensor:
-        device = self.device if do_on_device else torch.device("cpu")
         patch = tuple(self.configuration_manager.patch_size)
-        weight = compute_gaussian(patch, sigma_scale=1 / 8, value_scaling_factor=1, dtype=torch.float32, device=device)
         heads = self.label_manager.num_segmentation_heads
+        device = self.device
+        weight = compute_gaussian(patch, sigma_scale=1 / 8, value_scaling_factor=1, dtype=torch.float32, device=device)
         total = torch.zeros((heads, *data.shape[1:]), dtype=torch.float32, device=device)
         weights = torch.zeros(data.shape[1:], dtype=torch.float32, device=device)
-        for slicer in slicers:
-            tile = data[slicer][None].to(self.device)
-            total[slicer] += self._internal_maybe_mirror_and_predict(tile)[0].to(device) * weight
+        for tile, slicer in self._tiles(data, slicers):
+            total[slicer] += self._internal_maybe_mirror_and_predict(tile)[0] * weight
             weights[slicer[1:]] += weight
         check_finite(total.div_(weights))
         return total
