@@ -61,6 +61,7 @@ class Settings:
     memory: int
     quick: bool
     mirroring: bool
+    cold: bool
     real: Path | None
     out: Path
 
@@ -97,6 +98,8 @@ def _request_arms(case: Case, settings: Settings) -> Iterator[Json]:
         for profile, runtime in itertools.product(profiles, _runtimes()):
             ours = {**same, "beside": warm, "program": MSHUB, "warm": True, "profile": profile.name, "runtime": runtime}
             yield {**ours, "name": f"{MSHUB}, warm, {profile.name}, {runtime}"}
+        if case.name != STARTER and not settings.cold:
+            continue
         yield {**same, "name": cold, "beside": cold, "program": NNUNET, "warm": False}
         for profile in (profile for profile in profiles if profile.step == NNUNET_STEP):
             ours = {**same, "beside": cold, "program": MSHUB, "warm": False, "profile": profile.name}
@@ -190,11 +193,17 @@ class Measurement:
             task = prepare(case, scratch, self._settings.real) if arms else {}
             self._results["cases"].append({**case.facts(), "border": task.get("border")})
             self._write()
-            for repeat in range(1 if self._part == "server" else self._settings.repeats):
+            for repeat in range(self._repeats_of(case)):
                 for arm in arms:
                     self._run(case, {**task, "arm": arm}, repeat, scratch)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+
+    def _repeats_of(self, case: Case) -> int:
+        """Return how often arms run; the server's is one run of several requests."""
+        if self._part == "server":
+            return 1
+        return self._settings.repeats if case.in_table else min(self._settings.repeats, speed_report.REPEATS_OF_CURVES)
 
     def _fits(self, case: Case, arm: Json) -> bool:
         reason = too_large(case, self._part, arm, self._settings.memory)
@@ -263,6 +272,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
     parser.add_argument("--memory-gb", type=float, help="what an arm may need; default: 60 %% of the machine's")
     parser.add_argument("--mirroring", action="store_true", help="mirroring also for the organ model: 8 times as long")
+    parser.add_argument("--cold", action="store_true", help="the command line also for the organ models")
     parser.add_argument("--real", type=Path, nargs="?", const=REAL_CT, metavar="FILE", help="a CT for the organ model")
     parser.add_argument("--quick", action="store_true", help="small sizes, kept apart: a smoke test")
     parser.add_argument("--report-only", action="store_true", help="measure nothing, write the report again")
@@ -305,6 +315,7 @@ def main() -> None:
         memory=memory,
         quick=arguments.quick,
         mirroring=arguments.mirroring,
+        cold=arguments.cold,
         real=arguments.real,
         out=arguments.out.resolve(),
     )

@@ -209,7 +209,7 @@ def _request(task: Json) -> Json:
     measured = meter.result(stages)
     if on_gpu:
         measured["gpu_peak"] = torch.cuda.max_memory_allocated()
-        measured["floor_s"] = floor_seconds(task, stages)
+        measured["floor_s"] = floor_seconds(task)
     if task["arm"]["program"] == MSHUB:
         with Meter() as again:
             stages = request(Path(task["image"]), Path(task["result"]), again)

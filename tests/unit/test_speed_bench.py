@@ -24,7 +24,7 @@ PAGE = f"# Title\n\nabove\n{speed_report.BEGIN}\nold\n{speed_report.END}\nbelow\
 @pytest.fixture
 def settings(tmp_path: Path) -> speed.Settings:
     return speed.Settings(
-        repeats=2, threads=1, memory=2**34, quick=True, mirroring=False, real=None, out=tmp_path / "out"
+        repeats=2, threads=1, memory=2**34, quick=True, mirroring=False, cold=False, real=None, out=tmp_path / "out"
     )
 
 
