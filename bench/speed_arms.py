@@ -306,7 +306,7 @@ def floor_seconds(task: Json) -> float:
         network(torch.zeros((1, len(folder.channels), *patch), device="cuda"))
     image = [max(edges) for edges in zip(task["network_shape"], patch, strict=True)]
     tiles = np.prod([len(steps) for steps in compute_steps_for_sliding_window(image, patch, NNUNET_STEP)])
-    copies = 2 ** len(folder.mirror_axes) if task["arm"]["mirroring"] else 1
+    copies = 2 ** len(folder.mirror_axes or ()) if task["arm"]["mirroring"] else 1
     return float(counter.get_total_flops() * tiles * copies / _operations_per_second())
 
 

@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,12 @@ class Part:
         reasons = [run.get("skipped") or f"failed: {run['failed']}" for run in runs if {"skipped", "failed"} & {*run}]
         return reasons[0] if len(reasons) == len(runs) and reasons else ""
 
+    def _repeats(self) -> str:
+        """Say how often arms ran."""
+        done = Counter((run["case"], run["arm"]) for run in self._content["runs"] if "wall_s" in run)
+        counts = sorted({*done.values()} or {self._content["repeats"]})
+        return f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+
     def origin(self) -> str:
         """Say where, when and how."""
         machine = self._content["machine"]
@@ -111,7 +118,7 @@ class Part:
         return (
             f"`{self._content['command']}`, {self._content['date']}: {machine['processor']}, {machine['cores']} cores, "
             f"{machine['memory'] / 2**30:.0f} GiB; {self._content['threads']} threads, median (smallest to largest) of "
-            f"{self._content['repeats']}. {machine['system']}, {versions}.\n"
+            f"{self._repeats()}. {machine['system']}, {versions}.\n"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is n
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> ModelFolder:
     options: dict[str, Any] = {
         "3d": {"folds": ("0", "1")},
-        "2d": {"patch": (24, 32), "spacing_zyx_mm": (1.5, 1.5)},
+        "2d": {"patch": (24, 32), "spacing_zyx_mm": (1.5, 1.5), "mirror_axes": (0, 1)},
         "residual": {"architecture": RESIDUAL},
     }[request.param]
     return ModelFolder.open(make_model_folder(tmp_path / "model", labels=LABELS, channels=("CT", "PET"), **options))
@@ -64,7 +65,9 @@ def test_another_layout_computes_the_same(folder: ModelFolder) -> None:
     norms = (torch.nn.InstanceNorm2d, torch.nn.InstanceNorm3d)
     assert any(isinstance(layer, norms) for layer in network.modules())
     assert not any(isinstance(layer, norms) for layer in turned._network.modules())
-    assert list(turned._network.state_dict()) == names
+    dropped = set(names) - set(turned._network.state_dict())
+    assert dropped
+    assert all(name.endswith("conv.bias") or name.endswith("all_modules.0.bias") for name in dropped)
     layout = torch.channels_last_3d if tile.ndim == 5 else torch.channels_last
     kernels = [weights for weights in turned._network.parameters() if weights.ndim == tile.ndim]
     assert all(weights.is_contiguous(memory_format=layout) for weights in kernels)
@@ -86,6 +89,15 @@ def test_batches_are_not_normalised_together() -> None:
     layer = instance_norms_as_batch_norms(torch.nn.Sequential(torch.nn.InstanceNorm3d(2)))
     with pytest.raises(ValueError, match="found 3"):
         layer(torch.zeros(3, 2, 4, 4, 4))
+
+
+def test_a_bias_that_nothing_cancels_stays() -> None:
+    convolutions = [torch.nn.Conv3d(2, 2, 3) for _ in range(4)]
+    first, second, third, last = convolutions
+    norm = partial(torch.nn.InstanceNorm3d, 2)
+    layers = [first, norm(), second, torch.nn.ReLU(), norm(), third, torch.nn.Dropout3d(), norm(), last]
+    instance_norms_as_batch_norms(torch.nn.Sequential(*layers))
+    assert [layer.bias is None for layer in convolutions] == [True, False, True, False]
 
 
 def test_running_statistics_stay() -> None:
@@ -125,8 +137,15 @@ def test_sums_that_are_not_finite_are_an_error() -> None:
 
 # -- where there is a GPU ---------------------------------------------------------------------------------------------
 
-LARGEST_DIFFERENCE = 0.05
-"""Of a logit from nnU-Net's own on the same GPU, in standard deviations; half precision of a random network."""
+
+def agree(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Return whether logits are the same but for what half precision rounds on the way.
+
+    In the corners of an image the Gaussian is so small that half precision has few digits left.
+    """
+    ours, theirs = ours.float(), theirs.to(ours.device).float()
+    off = (ours - theirs).abs() / theirs.std()
+    return bool(off.mean() < 0.01) and bool((off > 0.05).float().mean() < 0.02)
 
 
 def by_nnunet(folder: ModelFolder, data: np.ndarray, mirroring: bool) -> torch.Tensor:
@@ -146,9 +165,8 @@ def test_logits_are_nnunets_within_half_precision(folder: ModelFolder, mirroring
     engine = Engine(folder, folder.folds, torch.device("cuda"))
     size = engine.nbytes
     logits = engine.logits(data, mirroring=mirroring, step=0.5)
-    expected = by_nnunet(folder, data, mirroring).to(logits.device)
     assert logits.device.type == "cuda"
-    assert float((logits.float() - expected.float()).abs().max() / expected.float().std()) < LARGEST_DIFFERENCE
+    assert agree(logits, by_nnunet(folder, data, mirroring))
     assert all(network._recorded is not None for network in engine._networks)  # type: ignore[union-attr]
     assert engine.nbytes > size
     again = engine.logits(data, mirroring=mirroring, step=0.5)
@@ -174,7 +192,7 @@ def test_a_recorded_pass_is_the_pass(folder: ModelFolder, monkeypatch: pytest.Mo
     plain._may_record = False
     for seed in range(3):
         tile = a_tile(folder, seed).to(device)
-        assert torch.allclose(recorded(tile).float(), plain(tile).float(), atol=2e-2)
+        assert agree(recorded(tile), plain(tile))
     assert recorded._recorded is not None
     assert plain._recorded is None
 
@@ -212,4 +230,6 @@ def test_without_memory_for_its_output_it_goes_to_main_memory(
     measures = engine.measures() if measured else None
     logits = engine.logits(data, mirroring=True, step=0.5, measures=measures)
     assert logits.device == CPU
-    assert torch.allclose(logits.float(), expected.cpu().float(), atol=2e-2)
+    assert agree(logits, expected)
+    if measures is not None:
+        assert measures.result(logits, torch.device("cuda"), 1.0).structures

@@ -1,11 +1,13 @@
 """A network on a GPU: nnU-Net's own precision, in the layout that matrix units read, without waiting for Python.
 
-Three things differ from calling the network, and none of them rounds otherwise than half precision does anyway:
+Some things differ from calling the network, and none of them by more than half precision rounds anyway:
 
 - channels lie last in memory, as the convolutions' fast kernels want them; nnU-Net's layout is turned before and after
   every one of them;
 - instance normalisation is done as batch normalisation of a batch of one, which is the same sum: torch's own turns the
   channels first again, and its kernel takes nearly half of the time of a pass;
+- the bias of a convolution whose output is normalised is left out, since the mean that is subtracted holds it; adding
+  it is a pass over the memory of its own;
 - the kernels of a pass are recorded once, as a CUDA graph, and then started together. A small network takes longer to
   be started kernel by kernel than to be computed.
 
@@ -19,6 +21,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -158,9 +161,28 @@ def _halve_convolutions(network: torch.nn.Module) -> None:
 
 
 def instance_norms_as_batch_norms(network: torch.nn.Module) -> torch.nn.Module:
-    """Replace the instance normalisations of a network, in place; names of weights stay. Returns `network`."""
+    """Replace the instance normalisations of a network, in place, and drop the biases they cancel. Returns `network`.
+
+    The names of all other weights stay.
+    """
+    for module in list(network.modules()):
+        if isinstance(module, torch.nn.Sequential):
+            _drop_cancelled_biases(module)
     for module in list(network.modules()):
         for name, layer in list(module.named_children()):
-            if isinstance(layer, (torch.nn.InstanceNorm2d, torch.nn.InstanceNorm3d)) and not layer.track_running_stats:
+            if _normalises_a_tile(layer):
                 setattr(module, name, _InstanceNorm(layer))
     return network
+
+
+def _drop_cancelled_biases(layers: torch.nn.Sequential) -> None:
+    """Drop the bias of every convolution that a normalisation follows; dropout between them does nothing here."""
+    active = [layer for layer in layers if not isinstance(layer, torch.nn.modules.dropout._DropoutNd)]
+    for layer, following in pairwise(active):
+        if isinstance(layer, torch.nn.modules.conv._ConvNd) and _normalises_a_tile(following):
+            layer.bias = None
+
+
+def _normalises_a_tile(layer: torch.nn.Module) -> bool:
+    norms = (torch.nn.InstanceNorm2d, torch.nn.InstanceNorm3d)
+    return isinstance(layer, norms) and not layer.track_running_stats
