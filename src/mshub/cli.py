@@ -639,7 +639,7 @@ def _prepare_engine(version: ModelVersion) -> None:
     """Let OpenVINO prepare a new version where it is installed, and say if it cannot."""
     from mshub.nnunet.engine import prepare_openvino
     from mshub.nnunet.folder import ModelFolder
-    from mshub.nnunet.openvino_network import is_installed
+    from mshub.nnunet.openvino_library import is_installed
 
     if not is_installed():
         return

@@ -25,9 +25,10 @@ from mshub.errors import StoreError
 from mshub.geometry import same_grid
 from mshub.install import add_model, version_record
 from mshub.jobs import Job, Jobs
-from mshub.nnunet import openvino_network
+from mshub.nnunet import network_agreement
 from mshub.nnunet.folder import ModelFolder
 from mshub.nnunet.network_cache import NetworkCache
+from mshub.nnunet.openvino_library import is_installed
 from mshub.nnunet.predictor import PROFILES, NNUNetPredictor, PredictOptions
 from mshub.recipe import FROM_SCRATCH, Recipe
 from mshub.store import ModelStore
@@ -229,13 +230,13 @@ def test_verify_names_a_changed_file(run: Run, installed: ModelStore) -> None:
     assert "plans.json" in result.err
 
 
-@pytest.mark.skipif(not openvino_network.is_installed(), reason="OpenVINO is an extra: make openvino")
+@pytest.mark.skipif(not is_installed(), reason="OpenVINO is an extra: make openvino")
 @pytest.mark.parametrize("agrees", [True, False])
 def test_a_new_model_is_compared_with_openvino(
     run: Run, liver_spleen: Path, store: ModelStore, agrees: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not agrees:
-        monkeypatch.setattr(openvino_network, "LARGEST_DIFFERENCE", 1e-12)
+        monkeypatch.setattr(network_agreement, "LARGEST_DIFFERENCE", 1e-12)
     result = run("add", "tiny", liver_spleen, "--engine", "auto")
     assert result.code == 0
     kept = list((store.home / "openvino").glob("*.openvino"))

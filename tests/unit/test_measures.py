@@ -103,6 +103,26 @@ def test_a_single_map_says_nothing() -> None:
     assert votes.dice() == [None, None]
 
 
+@pytest.mark.parametrize("slices", [7, 8, 9])
+@pytest.mark.parametrize("every", [1, 2, 3, 4])
+def test_of_a_large_tile_the_same_slices_of_every_copy_are_compared(
+    every: int, slices: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mshub.nnunet.measures.LARGE_TILE", 10**6 if every == 1 else slices * 64 // (every - 1))
+    output = torch.from_numpy(np.random.default_rng(0).normal(size=(1, 3, slices, 8, 8)).astype(np.float32))
+    measures = Measures(HEADS)
+    counted: list[torch.Size] = []
+    count = measures._mirrors.count
+    monkeypatch.setattr(
+        measures._mirrors, "count", lambda maps: (counted.extend(one.shape for one in maps), count(maps))
+    )
+    for axes in ((), (2,), (3,), (2, 4)):
+        measures.one_pass(output.flip(axes), 4, axes)
+    measures.end_of_tile()
+    assert measures._mirrors.dice() == [1.0, 1.0]
+    assert {shape[1] for shape in counted} == {-(-slices // every)}
+
+
 # -- in the pass ------------------------------------------------------------------------------------------------------
 
 

@@ -22,16 +22,16 @@ from mshub.nnunet import openvino_network as module
 from mshub.nnunet.engine import load_network
 from mshub.nnunet.folder import ModelFolder
 from mshub.nnunet.measures import Heads, Measures
-from mshub.nnunet.openvino_network import (
+from mshub.nnunet.network_agreement import (
     LARGEST_DIFFERENCE,
+    LARGEST_FEATURE_DIFFERENCE,
     MOST_DECISIONS,
     Agreement,
-    OpenVINONetwork,
     agreement,
-    is_installed,
-    prepared,
     synthetic_probe,
 )
+from mshub.nnunet.openvino_library import core, is_installed
+from mshub.nnunet.openvino_network import OpenVINONetwork, prepared
 
 needs_openvino = pytest.mark.skipif(not is_installed(), reason="OpenVINO is an extra and is not installed here")
 
@@ -167,7 +167,7 @@ def test_float32_is_asked_for_and_bfloat16_would_be_refused(
     import openvino
 
     assert setting(converted, "INFERENCE_PRECISION_HINT") == openvino.Type.f32
-    if "BF16" not in module._core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    if "BF16" not in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         pytest.skip("this CPU has no bfloat16")
     monkeypatch.setattr(module, "PRECISION", "bf16")
     rough = agreement(network, OpenVINONetwork.converted(network, SHAPE))
@@ -406,7 +406,7 @@ def test_regions_are_decided_each_by_itself() -> None:
 
 @pytest.mark.parametrize("which", range(3))
 def test_each_bound_refuses_by_itself(which: int) -> None:
-    bounds = [LARGEST_DIFFERENCE, module.LARGEST_FEATURE_DIFFERENCE, MOST_DECISIONS]
+    bounds = [LARGEST_DIFFERENCE, LARGEST_FEATURE_DIFFERENCE, MOST_DECISIONS]
     assert not Agreement(*bounds).refused
     bounds[which] *= 1.01
     assert Agreement(*bounds).refused
@@ -430,13 +430,13 @@ def test_the_probe_is_always_the_same_with_air_and_structures(shape: tuple[int, 
 @pytest.fixture
 def conversions(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What was converted during the test."""
-    seen, convert = [], module._converted
+    seen, convert = [], module.converted_model
 
     def converting(network: torch.nn.Module, shape: tuple[int, ...]) -> Any:
         seen.append(shape)
         return convert(network, shape)
 
-    monkeypatch.setattr(module, "_converted", converting)
+    monkeypatch.setattr(module, "converted_model", converting)
     return seen
 
 
@@ -573,8 +573,8 @@ def test_a_full_disk_leaves_nothing_half_written(
 def test_a_network_that_is_refused_is_not_kept(
     network: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    convert, other = module._converted, changed(network, "decoder.seg_layers.1.bias", 1.0)
-    monkeypatch.setattr(module, "_converted", lambda _network, shape: convert(other, shape))
+    convert, other = module.converted_model, changed(network, "decoder.seg_layers.1.bias", 1.0)
+    monkeypatch.setattr(module, "converted_model", lambda _network, shape: convert(other, shape))
     with pytest.raises(PredictionError, match=r"something else than torch.*Let torch run this network"):
         prepared(network, SHAPE, cache=tmp_path)
     assert list(tmp_path.iterdir()) == []

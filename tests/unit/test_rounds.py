@@ -25,6 +25,7 @@ from mshub.lineage import new_cases, rounds
 from mshub.nnunet import openvino_network, planning
 from mshub.nnunet.folder import ModelFolder
 from mshub.nnunet.network_cache import NetworkCache
+from mshub.nnunet.openvino_library import is_installed
 from mshub.nnunet.predictor import PROFILES, NNUNetPredictor, PredictOptions
 from mshub.nnunet.trainer import Stopped
 from mshub.recipe import FROM_SCRATCH, Recipe
@@ -758,7 +759,7 @@ def test_the_hold_out_takes_the_patients_these_tests_count_on() -> None:
     assert [f"patient {number}" for number in range(10) if patient_number(f"patient {number}") < 1 / 3] == list(JUDGES)
 
 
-@pytest.mark.skipif(not openvino_network.is_installed(), reason="OpenVINO is an extra: make openvino")
+@pytest.mark.skipif(not is_installed(), reason="OpenVINO is an extra: make openvino")
 @pytest.mark.parametrize("engine", ["auto", "torch"])
 def test_openvino_prepares_what_is_about_to_serve(
     promoted: tuple[ModelStore, Job], engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

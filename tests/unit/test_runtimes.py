@@ -11,12 +11,14 @@ import pytest
 
 from factories import make_image, make_model_folder
 from mshub.errors import PredictionError
-from mshub.nnunet import openvino_network
+from mshub.nnunet import engine as engine_module
+from mshub.nnunet import network_agreement, openvino_network
 from mshub.nnunet.folder import ModelFolder
 from mshub.nnunet.network_cache import NetworkCache
+from mshub.nnunet.openvino_library import is_installed
 from mshub.nnunet.predictor import PROFILES, NNUNetPredictor, Prediction, PredictOptions
 
-pytestmark = pytest.mark.skipif(not openvino_network.is_installed(), reason="OpenVINO is an extra: make openvino")
+pytestmark = pytest.mark.skipif(not is_installed(), reason="OpenVINO is an extra: make openvino")
 
 SHAPE = (29, 23, 14)
 REGIONS = {"labels": {"background": 0, "whole": [1, 2], "core": [2]}, "dataset_extra": {"regions_class_order": [1, 2]}}
@@ -46,7 +48,7 @@ def test_labels_and_measures_are_torchs_within_the_bound(tmp_path: Path, image: 
     expected = predict(folder, image, "torch", profile=PROFILES[profile])
     assert (ours.provenance["runtime"], expected.provenance["runtime"]) == ("openvino", "torch")
     differ = np.mean(ours.labels.array_xyz != expected.labels.array_xyz)
-    assert differ <= openvino_network.MOST_DECISIONS
+    assert differ <= network_agreement.MOST_DECISIONS
     assert len(np.unique(expected.labels.array_xyz)) > 1
     assert ours.uncertainty.agreement == pytest.approx(expected.uncertainty.agreement, abs=1e-2)
     np.testing.assert_allclose(ours.uncertainty.embedding, expected.uncertainty.embedding, atol=1e-3)
@@ -58,7 +60,7 @@ def test_auto_takes_openvino_where_it_is_installed(
 ) -> None:
     folder = make_model_folder(tmp_path / "model")
     assert predict(folder, image, "auto").provenance["runtime"] == "openvino"
-    monkeypatch.setattr(openvino_network, "is_installed", lambda: False)
+    monkeypatch.setattr(engine_module, "is_installed", lambda: False)
     assert predict(folder, image, "auto").provenance["runtime"] == "torch"
 
 
@@ -66,7 +68,7 @@ def test_openvino_that_does_not_agree_is_not_used(
     tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = make_model_folder(tmp_path / "model")
-    monkeypatch.setattr(openvino_network, "LARGEST_DIFFERENCE", 1e-12)
+    monkeypatch.setattr(network_agreement, "LARGEST_DIFFERENCE", 1e-12)
     with caplog.at_level(logging.WARNING):
         found = predict(folder, image, "auto")
     assert found.provenance["runtime"] == "torch"
@@ -86,7 +88,7 @@ def test_what_was_prepared_is_kept_for_the_next_start(
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("converted again")
 
-    monkeypatch.setattr(openvino_network, "_converted", fail)
+    monkeypatch.setattr(openvino_network, "converted_model", fail)
     again = predict(folder, image, "openvino", NetworkCache(kept=kept))
     np.testing.assert_array_equal(again.labels.array_xyz, first.labels.array_xyz)
 

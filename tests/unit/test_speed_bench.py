@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,15 @@ PAGE = f"# Title\n\nabove\n{speed_report.BEGIN}\nold\n{speed_report.END}\nbelow\
 @pytest.fixture
 def settings(tmp_path: Path) -> speed.Settings:
     return speed.Settings(
-        repeats=2, threads=1, memory=2**34, quick=True, mirroring=False, cold=False, real=None, out=tmp_path / "out"
+        repeats=2,
+        threads=1,
+        memory=2**34,
+        quick=True,
+        mirroring=False,
+        cold=False,
+        only="",
+        real=None,
+        out=tmp_path / "out",
     )
 
 
@@ -79,6 +88,26 @@ def test_the_page_gets_tables_and_plots_between_its_markers(
     assert "44 x 40 x 9 at 0.977 x 0.977 x 2.5 mm" in row
     assert row.endswith("| 0 |")
     assert (page.parent / "images" / "performance-growth.png").stat().st_size > 10_000
+
+
+def test_one_case_is_measured_again_and_the_others_stay(
+    settings: speed.Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = [
+        {"case": name, "arm": speed.NNUNET, "beside": None, "repeat": 0, "failed": "before"}
+        for name in ("tiny", "other")
+    ]
+    kept = {"command": "before", "cases": [{"name": "tiny"}, {"name": "other"}], "runs": results}
+    settings.out.mkdir(parents=True)
+    (settings.out / "export.json").write_text(json.dumps(kept), encoding="utf-8")
+    found = measured(dataclasses.replace(settings, only="tiny", repeats=1), monkeypatch)
+    assert [case["name"] for case in found["cases"]] == ["other", "tiny"]
+    assert [(run["case"], run.get("failed")) for run in found["runs"]] == [
+        ("other", "before"),
+        ("tiny", None),
+        ("tiny", None),
+    ]
+    assert found["command"] == "before"
 
 
 def test_an_arm_that_needs_too_much_memory_is_not_run_and_the_table_says_so(

@@ -22,9 +22,10 @@ import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import pairwise
-from typing import Any
 
 import torch
+
+from mshub.nnunet.deepest_features import noted_features
 
 logger = logging.getLogger(__name__)
 
@@ -62,10 +63,7 @@ class CUDANetwork:
         self._recorded: tuple[torch.cuda.CUDAGraph, torch.Tensor] | None = None
         self._may_record = device.type == "cuda"
         self._recorded_nbytes = 0
-        inner = getattr(network, "encoder", None)
-        self.encoder = None if inner is None else torch.nn.Identity()
-        if inner is not None:
-            inner.register_forward_hook(self._note_features)
+        self.encoder = torch.nn.Identity() if hasattr(network, "encoder") else None
 
     @property
     def nbytes(self) -> int:
@@ -102,7 +100,8 @@ class CUDANetwork:
         """Do nothing: the memory of a recorded pass is counted in `nbytes`, and kept with the network."""
 
     def _pass(self) -> torch.Tensor:
-        with torch.autocast("cuda", cache_enabled=False) if self._device.type == "cuda" else nullcontext():
+        half = torch.autocast("cuda", cache_enabled=False) if self._device.type == "cuda" else nullcontext()
+        with half, noted_features(self._network, self._note_features):
             output: torch.Tensor = self._network(self._tile)
         return output
 
@@ -127,8 +126,8 @@ class CUDANetwork:
         self._recorded = graph, output
         self._recorded_nbytes = max(0, _reserved(self._device) - before)
 
-    def _note_features(self, _module: Any, _inputs: Any, output: Any) -> None:
-        self._features = output[-1] if isinstance(output, (list, tuple)) else output
+    def _note_features(self, features: torch.Tensor) -> None:
+        self._features = features
 
 
 def _reserved(device: torch.device) -> int:

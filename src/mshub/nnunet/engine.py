@@ -17,12 +17,12 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 
 from mshub.errors import ModelFolderError, PredictionError
-from mshub.nnunet import openvino_network
 from mshub.nnunet.cuda_network import CUDANetwork
 from mshub.nnunet.export import Export
 from mshub.nnunet.folder import ModelFolder
 from mshub.nnunet.measures import Heads, Measures
-from mshub.nnunet.openvino_network import OpenVINONetwork
+from mshub.nnunet.openvino_library import is_installed
+from mshub.nnunet.openvino_network import OpenVINONetwork, prepared
 from mshub.nnunet.postprocessing import keep_largest
 from mshub.nnunet.preprocessing import preprocess
 from mshub.nnunet.sliding_window import Check, ProbabilityWindow, Progress, SlidingWindow
@@ -94,7 +94,7 @@ class Engine:
                 CUDANetwork(load_network(folder, weights), _tile_shape(folder), device) for weights in parameters
             ]
             self._run_by(networks)
-        elif runtime == "openvino" or (runtime == "auto" and openvino_network.is_installed()):
+        elif runtime == "openvino" or (runtime == "auto" and is_installed()):
             self._take_openvino(parameters, kept, is_demanded=runtime == "openvino")
 
     @property
@@ -242,9 +242,7 @@ def _tile_shape(folder: ModelFolder) -> tuple[int, ...]:
 
 def _by_openvino(folder: ModelFolder, weights: dict[str, Any], kept: Path | None) -> OpenVINONetwork:
     has_regions = folder.plans_manager.get_label_manager(folder.dataset).has_regions
-    return openvino_network.prepared(
-        load_network(folder, weights), _tile_shape(folder), cache=kept, has_regions=has_regions
-    )
+    return prepared(load_network(folder, weights), _tile_shape(folder), cache=kept, has_regions=has_regions)
 
 
 def prepare_openvino(folder: ModelFolder, kept: Path) -> str:
@@ -261,7 +259,7 @@ def prepare_openvino(folder: ModelFolder, kept: Path) -> str:
     str
         Why torch will run this model, as a sentence; empty if OpenVINO will.
     """
-    if not openvino_network.is_installed():
+    if not is_installed():
         return "OpenVINO is not installed."
     try:
         for fold in folder.folds:

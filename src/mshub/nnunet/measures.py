@@ -24,7 +24,7 @@ from mshub.uncertainty import StructureUncertainty, Uncertainty
 VOXELS_AT_ONCE = 2**18
 """So many voxels of all classes are looked at together, which bounds the memory it takes."""
 LARGE_TILE = 2**19
-"""Of a tile of so many voxels, every other slice is compared: mirrored copies agree there as they do between."""
+"""Of larger tiles, every second, third... slice is compared: mirrored copies agree there as they do between."""
 COARSE = 4
 """Every so many voxels of a tile, along each axis, tell how much of it is structures."""
 TINY = 1e-12
@@ -155,7 +155,7 @@ class Measures:
             self._keep_features(self._deepest, output[0])
         self._deepest = None
         if passes > 1:
-            step = 2 if output[0, 0].numel() >= LARGE_TILE else 1
+            step = 1 + output[0, 0].numel() // LARGE_TILE
             first = (output.shape[2] - 1) % step if 2 in mirrored else 0  # the same slices of the tile
             maps = self._heads.label_maps(output[0, :, first::step])
             self._passes.append(maps.flip([axis - 1 for axis in mirrored]))

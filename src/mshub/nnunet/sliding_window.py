@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from itertools import combinations
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 
+from mshub.nnunet.deepest_features import noted_features
 from mshub.nnunet.half_precision import check_finite
 from mshub.nnunet.measures import Measures
 from mshub.nnunet.window_sums import SumsOnCPU, SumsOnDevice, add_copy, first_copy
@@ -76,29 +77,18 @@ class SlidingWindow(nnUNetPredictor):  # type: ignore[misc]
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def predict_sliding_window_return_logits(self, input_image: torch.Tensor) -> torch.Tensor:
         """Predict with one fold."""
-        with self._watched_encoder():
+        watching = nullcontext() if self._measures is None else noted_features(self._running, self._note_features)
+        with watching:
             logits: torch.Tensor = super().predict_sliding_window_return_logits(input_image)
         if self._measures is not None:
             self._measures.end_of_fold(logits)
         return logits
 
-    @contextmanager
-    def _watched_encoder(self) -> Iterator[None]:
-        encoder = getattr(self._running, "encoder", None)
-        if self._measures is None or encoder is None:
-            yield
-            return
-        hook = encoder.register_forward_hook(self._note_features)
-        try:
-            yield
-        finally:
-            hook.remove()
-
-    def _note_features(self, _module: Any, _inputs: Any, output: Any) -> None:
-        """Take note of what the encoder made of a tile: a forward hook."""
-        self._features = output[-1] if isinstance(output, (list, tuple)) else output
+    def _note_features(self, features: torch.Tensor) -> None:
+        """Take note of what the encoder made of a tile."""
+        self._features = features
         if self._measures is not None:
-            self._measures.deepest_features(self._features)
+            self._measures.deepest_features(features)
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def predict_logits_from_preprocessed_data(self, data: torch.Tensor) -> torch.Tensor:
