@@ -13,11 +13,14 @@ from uuid import uuid4
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Write beside `path` and rename over it once everything is on disk; an error leaves the old file."""
+def replacing(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
+    """Write beside `path` and rename over it once everything is on disk; an error leaves the old file.
+
+    A `private` file is one that only its owner can read, from its first byte on.
+    """
     part = path.with_name(f".{uuid4().hex}.part")
     try:
-        with part.open("xb") as stream:
+        with open(part, "xb", opener=_for_the_owner if private else None) as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
@@ -27,16 +30,20 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Replace a file by `text` in UTF-8; its folder is made if needed."""
+def _for_the_owner(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def replace_text(path: Path, text: str, *, private: bool = False) -> None:
+    """Replace a file by `text` in UTF-8; its folder is made if needed. `private` as for `replacing`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as stream:
+    with replacing(path, private=private) as stream:
         stream.write(text.encode("utf-8"))
 
 
-def replace_json(path: Path, content: Any) -> None:
+def replace_json(path: Path, content: Any, *, private: bool = False) -> None:
     """Replace a file by `content` as indented JSON; what JSON does not know is written as text."""
-    replace_text(path, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
+    replace_text(path, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", private=private)
 
 
 def replace_by_copy(source: Path, target: Path) -> None:

@@ -30,6 +30,7 @@ from mshub.console import (
 )
 from mshub.errors import ConfigError, MSHubError, TrainingError
 from mshub.store import ModelStore, ModelVersion
+from mshub.users_cli import users_app
 
 app = typer.Typer(
     help="nnU-Net models for OHIF and 3D Slicer: install them, predict with them, serve them. For research use.",
@@ -51,6 +52,7 @@ _RECORDED = [
     "converted",
     "trusted",
 ]
+app.add_typer(users_app, name="users")
 ModelId = Annotated[str, typer.Argument(metavar="ID", help="Model id; see `mshub list`.", show_default=False)]
 EngineName = Annotated[
     str,

@@ -4,6 +4,7 @@
 
     MSHubError
     |-- ConfigError            an option that does not exist or has an impossible value
+    |-- AccessError            a user, password or token that cannot be made, changed or found
     |-- CatalogueError         a model card that cannot be read, or no such model id
     |-- StoreError             the model store refused
     |   |-- ChecksumMismatch   bytes differ from the recorded sha256
@@ -48,6 +49,10 @@ def legible(text: str) -> str:
 
 class ConfigError(MSHubError):
     code = "config"
+
+
+class AccessError(MSHubError):
+    code = "access"
 
 
 class CatalogueError(MSHubError):
