@@ -30,6 +30,7 @@ from mshub.console import (
 )
 from mshub.errors import ConfigError, MSHubError, TrainingError
 from mshub.store import ModelStore, ModelVersion
+from mshub.users import user_file
 from mshub.users_cli import users_app
 
 app = typer.Typer(
@@ -516,18 +517,33 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for the whole network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
     conf: Annotated[list[str] | None, typer.Option(help="KEY=VALUE option of the app; repeatable.")] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="Certificate (chain) in PEM: the server speaks HTTPS.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="The certificate's key in PEM.")] = None,
 ) -> None:
     """Start the MONAI Label server with all installed models."""
-    from mshub.serve import run_server, server_command, server_environment, write_log_config
+    from mshub.serve import check_exposure, run_server, server_command, server_environment, write_log_config
 
     if (studies is None) == (not sample):
         raise ConfigError("Say what to serve: either --studies DIR (or a DICOMweb address) or --sample.")
     store = ModelStore()
+    check_exposure(host, store.home)
+    tls = _tls_files(tls_cert, tls_key)
     folder = _prepare_samples(store) if sample else _studies(str(studies))
     options = _pairs("--conf", conf or [], "device=cpu")
-    command = server_command(folder, host, port, options, write_log_config(store.home))
-    _announce(store, folder, host, port)
+    command = server_command(folder, host, port, options, write_log_config(store.home), tls)
+    _announce(store, folder, host, port, "https" if tls else "http")
     raise typer.Exit(run_server(command, server_environment(store.home)))
+
+
+def _tls_files(cert: Path | None, key: Path | None) -> tuple[Path, Path] | None:
+    if cert is None and key is None:
+        return None
+    if cert is None or key is None:
+        raise ConfigError("HTTPS needs both --tls-cert and --tls-key.")
+    missing = [str(path) for path in (cert, key) if not path.is_file()]
+    if missing:
+        raise ConfigError(f"There is no file {missing[0]}; expected the server's certificate and key in PEM.")
+    return cert.resolve(), key.resolve()
 
 
 def _prepare_samples(store: ModelStore) -> str:
@@ -559,8 +575,10 @@ def _pairs(option: str, items: list[str], example: str) -> dict[str, str]:
     return dict(item.split("=", 1) for item in items)
 
 
-def _announce(store: ModelStore, studies: str, host: str, port: int) -> None:
-    url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+def _announce(store: ModelStore, studies: str, host: str, port: int, scheme: str) -> None:
+    from mshub.serve import is_loopback
+
+    url = f"{scheme}://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
     models = store.installed()
     out.print(f"[bold]MSHub {mshub.__version__}[/] serves {escape(studies)}", soft_wrap=True)
     out.print(
@@ -575,10 +593,16 @@ def _announce(store: ModelStore, studies: str, host: str, port: int) -> None:
             f"  in a terminal    {this_command()} predict {model} {escape(near(example))} -o label.nii.gz",
             soft_wrap=True,
         )
-    if host not in ("127.0.0.1", "localhost", "::1"):
+    users = user_file(store.home).users()
+    out.print(
+        f"  access           {f'{len(users)} user(s), who log in' if users else 'this machine only, no login'}; "
+        f"see {this_command()} users",
+        soft_wrap=True,
+    )
+    if users and scheme == "http" and not is_loopback(host):
         out.print(
-            "[bold yellow]  There is no login yet: anyone who reaches this address can read the images and change "
-            "labels. Keep it inside a trusted network.[/]",
+            "[bold yellow]  Passwords and images travel unencrypted: use --tls-cert and --tls-key, or a proxy that "
+            "speaks HTTPS.[/]",
             soft_wrap=True,
         )
     out.print(

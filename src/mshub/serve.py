@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import ipaddress
 import json
 import os
 import subprocess
@@ -11,19 +12,62 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mshub.bundled import app_folder
-from mshub.errors import ConfigError
+from mshub.errors import AccessError, ConfigError
 from mshub.store import writable_folder
+from mshub.users import user_file
 
 LOG_BYTES, LOG_FILES = 10 * 2**20, 10
 
 
-def server_command(studies: str, host: str, port: int, conf: Mapping[str, str], log_config: Path) -> list[str]:
-    """Return the command line of the server; `log_config` is what `write_log_config` returned."""
+def check_exposure(host: str, home: Path) -> None:
+    """Refuse to let others reach a server that nobody has to log in to.
+
+    Raises
+    ------
+    AccessError
+        `host` is not this machine, and there are no users.
+    """
+    if not is_loopback(host) and not user_file(home):
+        raise AccessError(
+            f"--host {host} lets other machines reach this server, and it has no users: anybody could read the images "
+            "and change labels. Add a user first, `mshub users add NAME`, or leave --host out."
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether an address to listen on is reached from this machine only."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def server_command(
+    studies: str,
+    host: str,
+    port: int,
+    conf: Mapping[str, str],
+    log_config: Path,
+    tls: tuple[Path, Path] | None = None,
+) -> list[str]:
+    """Return the command line of the server.
+
+    Parameters
+    ----------
+    studies, host, port, conf
+        As the user says them.
+    log_config : Path
+        What `write_log_config` returned.
+    tls : tuple of Path, optional
+        Files of the certificate (chain) and of its key, in PEM.
+    """
     pairs = [part for key, value in conf.items() for part in ("--conf", key, value)]
+    files = ["--ssl_certfile", str(tls[0]), "--ssl_keyfile", str(tls[1])] if tls else []
     return [
         *(sys.executable, "-m", "lib.server.launch", "start_server"),
         *("--app", str(app_folder()), "--studies", studies, "--host", host, "--port", str(port)),
         *("--uvicorn_app", "lib.server.asgi:app", "--log_config", str(log_config), "--verbose", "WARNING"),
+        *files,
         *pairs,
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -55,8 +56,9 @@ Run = Callable[..., Result]
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Run ``mshub ARGUMENTS`` in this process."""
 
-    def run(*arguments: object) -> Result:
+    def run(*arguments: object, stdin: str = "") -> Result:
         monkeypatch.setattr(sys, "argv", ["mshub", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
             main()
@@ -643,12 +645,20 @@ def test_serve_says_where_to_look_and_how_to_predict(
     assert "http://127.0.0.1:8123" in result.out
     assert "shows DICOM" in result.out
     assert re.search(rf"predict tiny \S*{case.name} -o label\.nii\.gz", result.out)
-    assert "no login" not in result.out
+    assert "this machine only, no login" in result.out
 
 
-def test_a_server_for_the_whole_network_comes_with_a_warning(run: Run, case: Path, started: list[Any]) -> None:
+def test_a_server_for_the_whole_network_needs_users_and_says_that_passwords_are_read(
+    run: Run, case: Path, started: list[Any]
+) -> None:
     result = run("serve", "--studies", case.parent, "--host", "0.0.0.0")
-    assert "There is no login yet" in result.out
+    assert result.code == 1
+    assert "mshub users add" in result.err
+    assert started == []
+    assert run("users", "add", "ada", "--password-stdin", stdin="a long password\n").code == 0
+    result = run("serve", "--studies", case.parent, "--host", "0.0.0.0")
+    assert "1 user(s), who log in" in result.out
+    assert "travel unencrypted" in result.out
     assert "http://127.0.0.1:8000" in result.out
     assert "none installed yet" in result.out
     assert started[0][0][started[0][0].index("--host") + 1] == "0.0.0.0"

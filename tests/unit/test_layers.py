@@ -19,7 +19,7 @@ LIBRARY_LAYERS = (
     *("errors", "atomic_file", "label_rules", "dataset_json", "labels", "card_tables", "structures"),
     *("model_card", "card_draft"),
     *("catalogue", "checksums", "sources", "model_layouts", "archive", "downloads", "http_file", "drive"),
-    *("fetch", "store"),
+    *("fetch", "store", "users", "logins", "throttle"),
     *("image_limits", "geometry", "image_file", "nifti", "itk_files", "dicom_series", "volume_io"),
     *("mr_sequences", "channel_series", "dicom_derived", "seg_frames", "dicom_seg", "contours", "dicom_rtstruct"),
     *("label_export", "corrections"),
@@ -39,10 +39,11 @@ LIBRARY_LAYERS = (
     *("nnunet.image_cache", "nnunet.predictor", "nnunet.profile_figures"),
     *("nnunet.model_writing", "nnunet.v1_files", "nnunet.v1_network", "nnunet.v1_plans"),
     *("nnunet.v1_conversion", "nnunet.trusted", "nnunet.planning", "nnunet.training_set", "nnunet.trainer"),
-    *("evaluation", "bundled", "install", "round_report", "rounds", "worker", "serve", "console", "cli", "__main__"),
+    *("evaluation", "bundled", "install", "round_report", "rounds", "worker", "serve", "console"),
+    *("users_cli", "cli", "__main__"),
 )
 APP_LAYERS = (
-    *("lib.faults", "lib.conf", "lib.activity", "lib.digests", "lib.reviews", "lib.datastore"),
+    *("lib.faults", "lib.audit", "lib.conf", "lib.activity", "lib.digests", "lib.reviews", "lib.datastore"),
     *("lib.pacs_client", "lib.pacs_images", "lib.pacs_labels", "lib.pacs", "lib.exports"),
     *("lib.infers", "lib.trainers", "lib.activelearning", "lib.warm_up", "lib.app", "lib.server", "main"),
 )

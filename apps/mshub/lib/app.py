@@ -6,6 +6,7 @@ import copy
 import hashlib
 import logging
 import os
+import sys
 import tempfile
 import threading
 from functools import partial
@@ -45,6 +46,13 @@ from mshub.structures import StructureOverride
 
 logger = logging.getLogger(__name__)
 
+LAYER = "lib.server.asgi"
+"""The module of MSHub's layer in front of MONAI Label's routes; imported first where it is used."""
+UNPROTECTED = (
+    "This server was started without MSHub's layer: nobody has to log in, whoever reaches it may read images, change "
+    "labels and replace models, pages of any site may ask it, sessions unpack archives, a prediction blocks all other "
+    "requests, and nothing is audited. Use `mshub serve`, or add --uvicorn_app lib.server.asgi:app."
+)
 DESCRIPTION = "nnU-Net models for automatic segmentation, fine-tuned with your corrections. For research use."
 
 
@@ -164,6 +172,8 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
 
         MONAI Label calls this in the server's process once it starts, never in its processes for single tasks.
         """
+        if LAYER not in sys.modules:
+            logger.warning(UNPROTECTED)
         self._warm_up.start()
         if settings.MONAI_LABEL_TASKS_TRAIN:
             self._resume_trainings()

@@ -18,6 +18,7 @@ from filelock import FileLock
 from monailabel.datastore.local import DataModel, LocalDatastore
 from monailabel.interfaces.datastore import DefaultLabelTag
 
+from lib import audit
 from lib.faults import as_http_errors, check_name
 from lib.reviews import patient_of, reviewed_case
 from mshub.agreement import agreement
@@ -166,6 +167,7 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
             except MSHubError as error:
                 kept = self._refused.keep(Path(label_filename), image_id, label_tag, label_info, str(error))
                 raise type(error)(f"{error} The submitted file is kept on the server as {kept}.") from error
+        audit.note(started_from=_origin(started_from))
         predicted = started_from.get("params", {}).get("voxel_counts", {})
         reviewed = list(correction.reviewed([name for name, voxels in predicted.items() if voxels]))
         facts = {

@@ -27,7 +27,8 @@ LONG = {"epochs": 1000, "iterations": 10}
 @pytest.fixture
 def server(clinic: MSHubApp, monkeypatch: pytest.MonkeyPatch) -> TestClient:
     monkeypatch.setattr(asgi, "app_instance", lambda: clinic)
-    return TestClient(asgi.app, raise_server_exceptions=False)
+    here = ("127.0.0.1", 50000)
+    return TestClient(asgi.app, "http://127.0.0.1:8000", raise_server_exceptions=False, client=here)
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 
+from lib import audit
 from lib.activity import Activity, Run
 from lib.conf import Config
 from lib.faults import as_http_errors
@@ -245,6 +246,7 @@ def _only(labels: Volume, kept: dict[str, int], names: dict[str, int]) -> Volume
 
 
 def _result_params(prediction: Prediction, kept: dict[str, int], version: ModelVersion) -> dict[str, Any]:
+    audit.note(model=version.model_id, version=version.version)
     counts = prediction.voxel_counts()
     latencies = {stage: round(seconds, 3) for stage, seconds in prediction.seconds.items()}
     return {

@@ -6,6 +6,7 @@ import json
 import logging
 from collections import deque
 from enum import Enum
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import BackgroundTasks, Body, Depends, File, Form, HTTPException, Request, UploadFile
@@ -14,14 +15,19 @@ from fastapi.routing import APIRoute
 from monailabel.config import settings
 from monailabel.endpoints import datastore, session
 from monailabel.endpoints.infer import ResultType, run_inference
-from monailabel.endpoints.user.auth import RBAC, User
+from monailabel.endpoints.user.auth import RBAC, User, get_current_user
 from monailabel.interfaces.datastore import DefaultLabelTag
 from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoundException, MONAILabelException
 from monailabel.interfaces.utils.app import app_instance
+from starlette.middleware import Middleware
+from starlette.routing import Match
+from starlette.types import Scope
 
 from lib.faults import check_name
+from lib.server.access import USER, Access
+from lib.server.login import Login
 from lib.server.proxy import pass_on
-from lib.server.viewer import add_viewer
+from lib.server.viewer import BuildFiles, add_viewer
 from mshub.errors import MSHubError
 
 # Read when monailabel.app is imported; empty would let the pages of every origin read images and labels. Not set in
@@ -348,10 +354,29 @@ ROUTES = (
 )
 
 
+def _home() -> Path:
+    home: Path = app_instance().store.home
+    return home
+
+
+def _current_user(request: Request) -> User:
+    """Return who asks, as MONAI Label's routes want to know it; what they may was decided before."""
+    user = request.scope[USER]
+    return User(username=user.name, roles=[user.role])
+
+
+def _is_program(scope: Scope) -> bool:
+    """Return whether a file of the viewer's program is asked for, which anybody may have."""
+    return BuildFiles(_home).matches(scope)[0] is Match.FULL
+
+
 def _extend(api: Any) -> None:
     routes = [APIRoute(path, answer, methods=[method], tags=[tag]) for method, path, answer, tag in ROUTES]
-    api.router.routes[:0] = routes
-    add_viewer(api, lambda: app_instance().store.home)
+    api.router.routes[:0] = [*routes, *Login(_home).routes()]
+    add_viewer(api, _home)
+    api.dependency_overrides[get_current_user] = _current_user
+    origins = [str(origin) for origin in settings.MONAI_LABEL_CORS_ORIGINS]
+    api.user_middleware.append(Middleware(Access, _home, _is_program, origins))
     api.add_exception_handler(MSHubError, _on_our_error)
     api.add_exception_handler(json.JSONDecodeError, _on_bad_json)
     api.add_exception_handler(ImageNotFoundException, _on_not_found)

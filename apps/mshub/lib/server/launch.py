@@ -13,6 +13,8 @@ from monailabel.main import Main
 
 from lib.conf import Config
 from mshub.errors import MSHubError
+from mshub.serve import check_exposure
+from mshub.store import ModelStore
 
 
 def main() -> None:
@@ -21,6 +23,7 @@ def main() -> None:
     arguments = Main().args_parser().parse_args()
     try:
         Config.parse(dict(arguments.conf or []))
+        check_exposure(arguments.host, ModelStore().home)
     except MSHubError as error:
         sys.exit(f"mshub: {error}")
     Main().run()

@@ -1,0 +1,82 @@
+"""Who did what, with which image and version of a model: one line of JSON per request, for those who must account.
+
+Images and studies stand there as keyed hashes: whoever has the key (``audit.key``) can tell whether a line is about an
+image they know; nobody else learns an id. Names of patients and what was typed never get here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import logging
+import secrets
+import threading
+from contextvars import ContextVar
+from datetime import datetime, timezone
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from typing import Any
+
+from mshub.atomic_file import replace_text
+
+logger = logging.getLogger(__name__)
+
+FILE_BYTES, FILES = 50 * 2**20, 20
+HASH_DIGITS = 16
+
+_facts: ContextVar[dict[str, Any] | None] = ContextVar("audited", default=None)
+
+
+def note(**facts: Any) -> None:
+    """Add to the line of the request that is being answered, such as ``version="v3"``; without one, do nothing."""
+    known = _facts.get()
+    if known is not None:
+        known.update(facts)
+
+
+def begin() -> dict[str, Any]:
+    """Return what `note` adds to from now on, in this request and the threads that work for it."""
+    facts: dict[str, Any] = {}
+    _facts.set(facts)
+    return facts
+
+
+class AuditLog:
+    """The lines of one server.
+
+    Parameters
+    ----------
+    home : Path
+        `MSHUB_HOME`: lines go to ``logs/audit.jsonl``, the key to ``audit.key``; both are their owner's.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self._key = _key(home / "audit.key")
+        path = home / "logs" / "audit.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)
+        self._handler = RotatingFileHandler(path, maxBytes=FILE_BYTES, backupCount=FILES, encoding="utf-8")
+        self._lock = threading.Lock()
+
+    def hashed(self, name: str) -> str:
+        """Return what stands for an image or a study."""
+        return hmac.new(self._key, name.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()[:HASH_DIGITS]
+
+    def write(self, **facts: Any) -> None:
+        """Write one line; that it cannot be written is an error in the server's log, and the request goes on."""
+        line = json.dumps({"time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), **facts}, default=str)
+        try:
+            with self._lock:
+                self._handler.emit(logging.LogRecord("audit", logging.INFO, "", 0, line, None, None))
+        except OSError:
+            logger.exception("the audit log cannot be written")
+
+
+def _key(path: Path) -> bytes:
+    try:
+        return bytes.fromhex(path.read_text(encoding="ascii"))
+    except FileNotFoundError:
+        key = secrets.token_bytes(32)
+        replace_text(path, key.hex(), private=True)
+        return key

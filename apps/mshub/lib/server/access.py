@@ -1,0 +1,263 @@
+"""Who may ask the server for what: the layer in front of every route.
+
+Without users the server is one person's, on this machine only: requests from elsewhere, and pages of other sites that
+make this person's browser send some, are refused. With users everybody logs in: people with a password (3D Slicer gets
+a token, a browser a cookie), scripts with an API token.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import threading
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, quote, urlsplit
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, RedirectResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from lib import audit
+from lib.server.permissions import PUBLIC, Permission, permission_for
+from mshub.errors import MSHubError
+from mshub.logins import Logins
+from mshub.throttle import Throttle
+from mshub.users import TOKEN_PREFIX, User, UserFile, user_file
+
+logger = logging.getLogger(__name__)
+
+COOKIE = "mshub_login"
+USER = "mshub.user"
+"""Where in the scope of a request its user is."""
+LOCAL_USER = User("admin", "admin", datetime.fromtimestamp(0, timezone.utc))
+"""Whoever uses a server without users: the person at this machine."""
+LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
+SAFE = ("GET", "HEAD", "OPTIONS")
+SAME_STUDY_S = 600.0
+"""A study that is read in hundreds of requests is one line of the audit log per person and so many seconds."""
+
+
+@dataclass
+class Guards:
+    """What the decisions rest on; one per `MSHUB_HOME`."""
+
+    users: UserFile
+    logins: Logins
+    log: audit.AuditLog
+    throttle: Throttle = field(default_factory=Throttle)
+
+    @classmethod
+    def of(cls, home: Path) -> Guards:
+        """Return the guards of a server."""
+        with _lock:
+            if home not in _guards:
+                users = user_file(home)
+                _guards[home] = cls(users, Logins(home / "logins.json", users), audit.AuditLog(home))
+            return _guards[home]
+
+
+_guards: dict[Path, Guards] = {}
+_lock = threading.Lock()
+
+
+class Access:
+    """ASGI middleware that lets through what is permitted.
+
+    Parameters
+    ----------
+    app : ASGI app
+    find_home : callable
+        Returns `MSHUB_HOME`.
+    is_program : callable
+        Says of a scope whether it asks for a file of the viewer's program, which holds nobody's data.
+    origins : collection of str
+        Sites whose pages may send requests, beside this server's own: MONAI Label's ``MONAI_LABEL_CORS_ORIGINS``.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        find_home: Callable[[], Path],
+        is_program: Callable[[Scope], bool],
+        origins: Collection[str] = (),
+    ) -> None:
+        self._app, self._find_home, self._is_program = app, find_home, is_program
+        self._origins = {origin.rstrip("/") for origin in origins}
+        self._read_studies: dict[tuple[str, str], float] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a refused request, pass on any other."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+        elif scope["type"] == "http":
+            await self._answer(Request(scope), receive, send)
+        else:
+            raise RuntimeError(f"MSHub serves HTTP only; found {scope['type']}.")
+
+    async def _answer(self, request: Request, receive: Receive, send: Send) -> None:
+        guards = Guards.of(self._find_home())
+        facts = audit.begin()
+        found = permission_for(request.method, request.scope["path"])
+        user: User | None = None
+        try:
+            refusal, user = self._judged(request, found, guards)
+        except MSHubError as error:  # the file of users is damaged
+            logger.error("%s", error)
+            refusal = _refused(500, str(error))
+        request.scope[USER] = user
+        began, status = time.perf_counter(), 500
+
+        async def note_status(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await (refusal or self._app)(request.scope, receive, note_status)
+        finally:
+            if self._is_told(request, found, user, status, guards):
+                told = {**_told(request, found, user, guards), **facts}
+                guards.log.write(**told, status=status, seconds=round(time.perf_counter() - began, 3))
+
+    def _judged(
+        self, request: Request, found: tuple[Permission, dict[str, Any]] | None, guards: Guards
+    ) -> tuple[Response | None, User | None]:
+        """Return the refusal, None if there is none, and who asked."""
+        if found is None:
+            if request.method in SAFE and self._is_program(request.scope):
+                return None, None
+            return _refused(404, f"{request.method} {request.url.path[:200]} is nothing this server offers."), None
+        if not guards.users:
+            return self._judged_at_home(request), LOCAL_USER
+        permission, _ = found
+        user, has_cookie = _user_of(request, guards)
+        if permission.role == PUBLIC:
+            return (self._from_elsewhere(request, must_say=False) if request.method not in SAFE else None), user
+        if user is None:
+            return _asked_to_log_in(request), None
+        if not user.may(permission.role):
+            reason = f"{user.name} is {user.role} here; this needs {permission.role}. An admin can change that."
+            return _refused(403, reason), user
+        return (self._from_elsewhere(request, must_say=True) if has_cookie else None), user
+
+    def _judged_at_home(self, request: Request) -> Response | None:
+        """Return the refusal of a server that has no users, for all but the person at this machine."""
+        if not _is_local(request):
+            return _refused(
+                403,
+                "This server has no users yet and answers this machine only. Whoever runs it can add one: "
+                "mshub users add NAME.",
+            )
+        host = _host_name(request.headers.get("host", ""))
+        if host not in LOCAL_NAMES:
+            return _refused(403, f"The host {host[:80]!r} is not this machine; expected {', '.join(LOCAL_NAMES)}.")
+        return self._from_elsewhere(request, must_say=False)
+
+    def _from_elsewhere(self, request: Request, *, must_say: bool) -> Response | None:
+        """Return the refusal of a request that changes something and that another site's page made a browser send."""
+        if request.method in SAFE:
+            return None
+        origin = request.headers.get("origin", "").rstrip("/")
+        if not origin and not must_say:
+            return None  # no browser
+        if origin in self._origins or (origin and urlsplit(origin).netloc == request.headers.get("host")):
+            return None
+        return _refused(403, f"A page of {origin[:200] or 'an unnamed site'} may not ask this server for anything.")
+
+    def _is_told(
+        self,
+        request: Request,
+        found: tuple[Permission, dict[str, Any]] | None,
+        user: User | None,
+        status: int,
+        guards: Guards,
+    ) -> bool:
+        """Return whether the audit log gets a line."""
+        if status in (401, 403) or (found is None and status == 404):
+            return True
+        if found is None or not found[0].is_audited:
+            return False
+        study = _study(found[1].get("path", ""))
+        if request.method not in SAFE or not study or user is None:
+            return True
+        key, now = (user.name, guards.log.hashed(study)), time.monotonic()
+        if now - self._read_studies.get(key, -SAME_STUDY_S) < SAME_STUDY_S:
+            return False
+        self._read_studies = {other: at for other, at in self._read_studies.items() if now - at < SAME_STUDY_S}
+        self._read_studies[key] = now
+        return True
+
+
+def _user_of(request: Request, guards: Guards) -> tuple[User | None, bool]:
+    """Return who asks, and whether a cookie says so: a browser sends it, whoever makes it send a request."""
+    kind, _, token = request.headers.get("authorization", "").partition(" ")
+    if kind.lower() == "bearer" and token:
+        known = guards.users.with_token if token.startswith(TOKEN_PREFIX) else guards.logins.user_of
+        return known(token.strip()), False
+    cookie = request.cookies.get(COOKIE, "")
+    return (guards.logins.user_of(cookie), True) if cookie else (None, False)
+
+
+def _asked_to_log_in(request: Request) -> Response:
+    """Lead a person to the page where one logs in; tell a program what it lacks."""
+    if request.method == "GET" and "text/html" in request.headers.get("accept", ""):
+        wanted = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+        return RedirectResponse(f"/login?next={quote(wanted, safe='')}", 303)
+    refusal = _refused(401, "Log in first: POST /auth/token with username and password, or send an API token.")
+    refusal.headers["WWW-Authenticate"] = "Bearer"
+    return refusal
+
+
+def _refused(status: int, reason: str) -> Response:
+    return JSONResponse({"detail": reason}, status)
+
+
+def _is_local(request: Request) -> bool:
+    """Return whether a request comes from this machine; over a socket of the file system it does."""
+    if request.client is None:
+        return True
+    try:
+        return ipaddress.ip_address(request.client.host).is_loopback
+    except ValueError:
+        return False
+
+
+def _host_name(host: str) -> str:
+    """Return the name in a ``Host`` header, without the port."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def _study(path: str) -> str:
+    """Return the UID of the study that a path of DICOMweb reads from."""
+    parts = path.split("/")
+    return parts[parts.index("studies") + 1] if "studies" in parts[:-1] else ""
+
+
+def _told(
+    request: Request, found: tuple[Permission, dict[str, Any]] | None, user: User | None, guards: Guards
+) -> dict[str, Any]:
+    """Return what the audit log may know of a request: the route, not the address, which can name a patient."""
+    told: dict[str, Any] = {
+        "user": user.name if user else None,
+        "role": user.role if user else None,
+        "from": request.client.host if request.client else None,
+        "action": f"{request.method} {found[0].path if found else '(none)'}",
+    }
+    parameters = found[1] if found else {}
+    query = {name: values[0] for name, values in parse_qs(request.url.query).items()}
+    image = parameters.get("image") or query.get("image")
+    if image:
+        told["image"] = guards.log.hashed(image)
+    if study := _study(parameters.get("path", "")):
+        told["study"] = guards.log.hashed(study)
+    known = {name: parameters[name] for name in ("model", "strategy", "batch") if name in parameters}
+    return told | known | ({"tag": query["tag"]} if "tag" in query else {})

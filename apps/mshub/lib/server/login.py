@@ -1,0 +1,161 @@
+"""Logging in: the three routes 3D Slicer asks, and a page for browsers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from html import escape
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+from fastapi import Form, HTTPException, Request
+from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
+from fastapi.routing import APIRoute
+
+from lib import audit
+from lib.server.access import COOKIE, LOCAL_USER, USER, Guards
+from mshub.logins import HOURS
+from mshub.users import User
+
+NO_STORE = {"Cache-Control": "no-store", "X-Frame-Options": "DENY", "Content-Security-Policy": "frame-ancestors 'none'"}
+START = "/viewer/"
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>MSHub</title>
+<style>
+  :root {{ color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; }}
+  body {{ margin: 0; min-height: 100vh; display: grid; place-items: center; background: Canvas; color: CanvasText; }}
+  main {{ width: min(22rem, 90vw); padding: 2rem; border: 1px solid GrayText; border-radius: .75rem; }}
+  h1 {{ margin: 0 0 1rem; font-size: 1.4rem; }}
+  label {{ display: block; margin: .75rem 0 .25rem; }}
+  input {{ width: 100%; box-sizing: border-box; padding: .5rem; font: inherit; }}
+  button {{ margin-top: 1.25rem; width: 100%; padding: .6rem; font: inherit; cursor: pointer; }}
+  .problem {{ color: #b00020; }} @media (prefers-color-scheme: dark) {{ .problem {{ color: #ff8a80; }} }}
+</style></head>
+<body><main><h1>MSHub</h1>{content}</main></body></html>
+"""
+FORM = """{problem}<form method="post" action="/login">
+<label for="username">User name</label>
+<input id="username" name="username" value="{name}" autocomplete="username" autofocus required>
+<label for="password">Password</label>
+<input id="password" name="password" type="password" autocomplete="current-password" required>
+<input type="hidden" name="next" value="{next}">
+<button>Log in</button></form>
+"""
+WELCOME = """<p>You are logged in as <b>{name}</b> ({role}).</p>
+<p><a href="{start}">Open the viewer</a></p>
+<form method="post" action="/logout"><button>Log out</button></form>
+"""
+OPEN = """<p>This server has no users: it answers this machine only, and nobody has to log in.</p>
+<p><a href="{start}">Open the viewer</a></p>
+"""
+
+
+class Login:
+    """The routes, for the users of `MSHUB_HOME`.
+
+    Parameters
+    ----------
+    find_home : callable
+        Returns `MSHUB_HOME`.
+    """
+
+    def __init__(self, find_home: Callable[[], Path]) -> None:
+        self._find_home = find_home
+
+    def routes(self) -> list[APIRoute]:
+        """Return them all."""
+        answers = [
+            ("GET", "/auth/", self.enabled),
+            ("POST", "/auth/token", self.token),
+            ("GET", "/auth/token/valid", self.valid),
+            ("GET", "/login", self.page),
+            ("POST", "/login", self.log_in),
+            ("POST", "/logout", self.log_out),
+        ]
+        return [APIRoute(path, answer, methods=[method], tags=["Access"]) for method, path, answer in answers]
+
+    def enabled(self) -> dict[str, Any]:
+        """Say whether one has to log in; 3D Slicer asks first."""
+        return {"enabled": bool(self._guards().users), "client_id": "mshub", "realm": "mshub"}
+
+    def token(
+        self, request: Request, username: Annotated[str, Form()], password: Annotated[str, Form()]
+    ) -> JSONResponse:
+        """Return a token for ``Authorization: Bearer``, good for a working day: how 3D Slicer and scripts log in."""
+        token = self._opened(request, username, password)
+        content = {"access_token": token, "token_type": "bearer", "expires_in": int(HOURS * 3600)}
+        return JSONResponse(content, headers=NO_STORE)
+
+    def valid(self, request: Request) -> dict[str, Any]:
+        """Return who is logged in."""
+        user: User = request.scope[USER]
+        return {"username": user.name, "role": user.role}
+
+    def page(self, request: Request, next: str = START) -> HTMLResponse:
+        """Return the page where people log in, or see that they are."""
+        user = request.scope.get(USER)
+        if user is LOCAL_USER:
+            return _page(OPEN.format(start=START))
+        if user is not None:
+            return _page(WELCOME.format(name=escape(user.name), role=escape(user.role), start=START))
+        return _page(FORM.format(problem="", name="", next=escape(next)))
+
+    def log_in(
+        self,
+        request: Request,
+        username: Annotated[str, Form()] = "",
+        password: Annotated[str, Form()] = "",
+        next: Annotated[str, Form()] = START,
+    ) -> Response:
+        """Log a browser in, and lead it where it wanted to go."""
+        try:
+            token = self._opened(request, username, password)
+        except HTTPException as error:
+            problem = f'<p class="problem" role="alert">{escape(str(error.detail))}</p>'
+            form = FORM.format(problem=problem, name=escape(username), next=escape(next))
+            return _page(form, error.status_code, error.headers)
+        answer = RedirectResponse(_within(next), 303, headers=NO_STORE)
+        answer.set_cookie(
+            COOKIE, token, int(HOURS * 3600), httponly=True, samesite="strict", secure=request.url.scheme == "https"
+        )
+        return answer
+
+    def log_out(self, request: Request) -> Response:
+        """End a browser's login."""
+        self._guards().logins.close(request.cookies.get(COOKIE, ""))
+        answer = RedirectResponse("/login", 303, headers=NO_STORE)
+        answer.delete_cookie(COOKIE, httponly=True, samesite="strict")
+        return answer
+
+    def _guards(self) -> Guards:
+        return Guards.of(self._find_home())
+
+    def _opened(self, request: Request, name: str, password: str) -> str:
+        """Return the token of a new login; whoever guesses has to wait longer and longer."""
+        guards, key = self._guards(), f"{name[:64]}@{request.client.host if request.client else ''}"
+        if (wait := guards.throttle.wait_s(key)) > 0:
+            seconds = math.ceil(wait)
+            raise HTTPException(
+                429, f"Too many wrong passwords; try again in {seconds} s.", headers={"Retry-After": str(seconds)}
+            )
+        user = guards.users.with_password(name, password)
+        if user is None:
+            guards.throttle.failed(key)
+            raise HTTPException(401, "The user name or the password is wrong.")
+        guards.throttle.succeeded(key)
+        audit.note(user=user.name, role=user.role)
+        return guards.logins.open(user)
+
+
+def _within(address: str) -> str:
+    """Return an address of this server; of another one, the start."""
+    parts = urlsplit(address)
+    is_own = address.startswith("/") and not address.startswith(("//", "/\\")) and not (parts.scheme or parts.netloc)
+    return address if is_own and address.isprintable() else START
+
+
+def _page(content: str, status: int = 200, headers: Any = None) -> HTMLResponse:
+    return HTMLResponse(PAGE.format(content=content), status, headers={**NO_STORE, **(headers or {})})

@@ -1,0 +1,96 @@
+"""``mshub users``, as whoever runs the server types it."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mshub import users as module
+from mshub.cli import main
+from mshub.users import user_file
+
+PASSWORD = "a long password"
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], home: Path) -> Run:
+    """Run ``mshub users ARGUMENTS``; returns exit code, stdout, stderr."""
+    salt = module.bcrypt.gensalt
+    monkeypatch.setattr(module.bcrypt, "gensalt", lambda: salt(4))
+
+    def run(*arguments: str, stdin: str = "") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mshub", "users", *arguments])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        with pytest.raises(SystemExit) as end:
+            main()
+        return (int(end.value.code or 0), *capsys.readouterr())
+
+    return run
+
+
+def test_the_first_user_is_admin_and_the_next_an_annotator(run: Run, home: Path) -> None:
+    assert "no users" in run("list")[1]
+    assert run("add", "ada", "--password-stdin", stdin=PASSWORD + "\n")[0] == 0
+    assert run("add", "grace", "--password-stdin", stdin=PASSWORD + "\n")[0] == 0
+    assert run("add", "eve", "--role", "viewer", "--password-stdin", stdin=PASSWORD + "\r\n")[0] == 0
+    assert {user.name: user.role for user in user_file(home).users()} == {
+        "ada": "admin",
+        "grace": "annotator",
+        "eve": "viewer",
+    }
+    assert user_file(home).with_password("eve", PASSWORD) is not None
+    shown = run("list")[1]
+    assert all(name in shown for name in ("ada", "grace", "eve", "annotator"))
+
+
+def test_a_user_is_changed_and_removed(run: Run, home: Path) -> None:
+    run("add", "ada", "--password-stdin", stdin=PASSWORD)
+    run("add", "grace", "--password-stdin", stdin=PASSWORD)
+    assert run("role", "grace", "viewer")[0] == 0
+    assert run("password", "grace", "--password-stdin", stdin="another password")[0] == 0
+    found = user_file(home).with_password("grace", "another password")
+    assert found is not None
+    assert found.role == "viewer"
+    assert run("remove", "grace")[0] == 0
+    assert user_file(home).user("grace") is None
+
+
+def test_a_token_is_printed_once_and_alone(run: Run, home: Path) -> None:
+    run("add", "ada", "--password-stdin", stdin=PASSWORD)
+    code, token, _ = run("token", "ada", "--note", "nightly export", "--days", "7", "--role", "viewer")
+    found = user_file(home).with_token(token.strip())
+    assert code == 0
+    assert found is not None
+    assert found.role == "viewer"
+    shown = run("tokens")[1]
+    assert "nightly export" in shown
+    assert token.strip() not in shown
+    (known,) = user_file(home).tokens()
+    assert run("revoke", known.number)[0] == 0
+    assert user_file(home).with_token(token.strip()) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "said"),
+    [
+        (("add", "ada"), PASSWORD, "--password-stdin"),
+        (("add", "ada", "--password-stdin"), "", "0 characters"),
+        (("add", "a b", "--password-stdin"), PASSWORD, "'a b' is refused"),
+        (("add", "ada", "--role", "root", "--password-stdin"), PASSWORD, "root"),
+        (("add", "ada", "--role", "viewer", "--password-stdin"), PASSWORD, "first user has to be admin"),
+        (("remove", "eve"), "", "no user eve"),
+        (("revoke", "12"), "", "no token '12'"),
+    ],
+)
+def test_what_cannot_be_done_is_a_sentence(
+    run: Run, home: Path, arguments: tuple[str, ...], stdin: str, said: str
+) -> None:
+    code, _, err = run(*arguments, stdin=stdin)
+    assert code == 1
+    assert said in err
+    assert not user_file(home)
