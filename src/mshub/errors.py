@@ -17,7 +17,8 @@
     |   `-- ChannelError       the wrong number or kind of channels
     |-- LabelError             label names or values that do not fit the model
     |-- PredictionError        the network ran and failed
-    |   `-- Interrupted        it was ended to let somebody else go first
+    |   |-- Interrupted        it was ended to let somebody else go first, or nobody waits for it any more
+    |   `-- Busy               too many others wait for the device already
     `-- TrainingError          a training could not start or did not finish
 
 Every message says what was found, what was expected, and how to fix it. `code` is a stable, machine-readable name;
@@ -111,6 +112,17 @@ class PredictionError(MSHubError):
 class Interrupted(PredictionError):
     code = "interrupted"
     http_status = 503
+
+
+class Busy(PredictionError):
+    """Too many others wait already; `retry_after_s` is when it may be better."""
+
+    code = "busy"
+    http_status = 503
+
+    def __init__(self, message: str, retry_after_s: float = 10.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class TrainingError(MSHubError):

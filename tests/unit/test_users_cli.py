@@ -83,7 +83,7 @@ def test_a_token_is_printed_once_and_alone(run: Run, home: Path) -> None:
         (("add", "a b", "--password-stdin"), PASSWORD, "'a b' is refused"),
         (("add", "ada", "--role", "root", "--password-stdin"), PASSWORD, "root"),
         (("add", "ada", "--role", "viewer", "--password-stdin"), PASSWORD, "first user has to be admin"),
-        (("remove", "eve"), "", "no user eve"),
+        (("remove", "eve"), "", "no user 'eve'"),
         (("revoke", "12"), "", "no token '12'"),
     ],
 )

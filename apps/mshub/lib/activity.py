@@ -8,11 +8,31 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
+
+from mshub.errors import Busy, Interrupted
 
 logger = logging.getLogger(__name__)
 
 LOG_EVERY_S = 5.0
+SHORTEST_RETRY_S, LONGEST_RETRY_S = 5.0, 300.0
+
+client_gone: ContextVar[threading.Event | None] = ContextVar("client_gone", default=None)
+"""Set when whoever sent the request that is being answered hung up; None where that cannot be told."""
+
+
+def check_client() -> None:
+    """End what nobody waits for any more.
+
+    Raises
+    ------
+    Interrupted
+        The client hung up.
+    """
+    gone = client_gone.get()
+    if gone is not None and gone.is_set():
+        raise Interrupted("The client hung up before the prediction was finished; nothing was stored.")
 
 
 class Run:
@@ -59,20 +79,40 @@ class Run:
 
 
 class Activity:
-    """All running predictions, and how many ended how."""
+    """All running predictions, and how many ended how.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    most : int
+        So many predictions run and wait at once; further ones are refused.
+    """
+
+    def __init__(self, most: int = 1000) -> None:
+        self._most = most
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._runs: dict[int, Run] = {}
         self._needed = time.monotonic()
-        self.finished = self.failed = 0
+        self.finished = self.failed = self.refused = 0
 
     @contextmanager
     def run(self, model: str, image: str, client: str = "") -> Iterator[Run]:
-        """Register a prediction for as long as the block runs."""
+        """Register a prediction for as long as the block runs.
+
+        Raises
+        ------
+        Busy
+            Too many run and wait already.
+        """
         with self._lock:
             self._needed = time.monotonic()
+            if len(self._runs) >= self._most:
+                self.refused += 1
+                raise Busy(
+                    f"{len(self._runs)} predictions run and wait here already, as many as this server takes; try again "
+                    "later.",
+                    self._retry_after_s(),
+                )
             run = Run(next(self._numbers), model, image, client)
             self._runs[run.number] = run
         try:
@@ -86,6 +126,11 @@ class Activity:
             with self._lock:
                 self._needed = time.monotonic()
                 del self._runs[run.number]
+
+    def _retry_after_s(self) -> float:
+        """Return when the first of the running predictions should be over."""
+        left = [run["seconds_left"] for run in map(Run.as_dict, self._runs.values()) if run["seconds_left"] is not None]
+        return min(LONGEST_RETRY_S, max(SHORTEST_RETRY_S, min(left, default=0.0)))
 
     def touch(self) -> None:
         """Take note that somebody uses the server."""
@@ -101,4 +146,4 @@ class Activity:
         """Return running predictions, oldest first, and the counts."""
         with self._lock:
             running = [run.as_dict() for run in self._runs.values()]
-        return {"running": running, "finished": self.finished, "failed": self.failed}
+        return {"running": running, "finished": self.finished, "failed": self.failed, "refused": self.refused}

@@ -37,7 +37,7 @@ from lib.warm_up import WarmUp
 from mshub.errors import MSHubError
 from mshub.jobs import Jobs
 from mshub.label_export import FORMATS
-from mshub.nnunet.devices import available_devices
+from mshub.nnunet.devices import available_devices, candidate_devices
 from mshub.nnunet.image_cache import ImageCache
 from mshub.nnunet.network_cache import NetworkCache
 from mshub.nnunet.sliding_window import Check
@@ -74,7 +74,8 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         self.store = ModelStore(self.config.home)
         self.cache = NetworkCache(int(self.config.cache_gb * 2**30), self.store.prepared_networks)
         self.images = ImageCache(int(self.config.images_gb * 2**30))
-        self.activity = Activity()
+        devices = len(candidate_devices(self.config.device))
+        self.activity = Activity(devices * (1 + self.config.queue))
         self.jobs = Jobs(self.store.home)
         self.trainings = Trainings(self.jobs, self.config)
         self._digests = Digests(self.store.home / "digests.json")

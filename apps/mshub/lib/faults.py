@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from fastapi import HTTPException
 
-from mshub.errors import MSHubError
+from mshub.errors import Busy, MSHubError
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 def http_error(error: MSHubError) -> HTTPException:
     """Return the answer for an error of ours; its text is written for the user."""
-    return HTTPException(status_code=error.http_status, detail=str(error), headers={"X-MSHub-Error": error.code})
+    headers = {"X-MSHub-Error": error.code}
+    if isinstance(error, Busy):
+        headers["Retry-After"] = str(math.ceil(error.retry_after_s))
+    return HTTPException(status_code=error.http_status, detail=str(error), headers=headers)
 
 
 @contextmanager

@@ -21,15 +21,20 @@ import torch
 
 from mshub.nnunet.engine import Engine
 from mshub.nnunet.folder import ModelFolder
+from mshub.nnunet.sliding_window import Check
 
 logger = logging.getLogger(__name__)
 
-
+CHECK_EVERY_S = 0.5
 _EngineKey = tuple[str, tuple[str, ...], str, str]
 
 
 def _key(folder: ModelFolder, folds: tuple[str, ...], device: torch.device, runtime: str) -> _EngineKey:
     return str(folder.path), folds, str(device), runtime
+
+
+def _never() -> None:
+    """Find no reason to stop waiting."""
 
 
 class NetworkCache:
@@ -53,18 +58,28 @@ class NetworkCache:
 
     @contextmanager
     def engine(
-        self, folder: ModelFolder, folds: tuple[str, ...], *devices: torch.device, runtime: str = "torch"
+        self,
+        folder: ModelFolder,
+        folds: tuple[str, ...],
+        *devices: torch.device,
+        runtime: str = "torch",
+        check: Check = _never,
     ) -> Iterator[Engine]:
         """Wait for one of `devices`, then hold it with the engine of `folder` loaded, until the ``with`` block ends.
 
         It is the one that the fewest wait for; among equals one that has the network already, or else the first. What
-        runs the network, see `Engine`, is `runtime`.
+        runs the network, see `Engine`, is `runtime`. `check` is called now and then while it waits; what it raises ends
+        that.
         """
         device, forgotten = self._queue_up(folder, folds, devices, runtime)
+        lock, is_held = self._device_locks[str(device)], False
         try:
-            with self._device_locks[str(device)]:
-                yield self._get(folder, folds, device, runtime, forgotten)
+            while not (is_held := lock.acquire(timeout=CHECK_EVERY_S)):
+                check()
+            yield self._get(folder, folds, device, runtime, forgotten)
         finally:
+            if is_held:
+                lock.release()
             with self._lock:
                 self._queues[str(device)] -= 1
 

@@ -225,7 +225,8 @@ class NNUNetPredictor:
             engine.warm()
 
     def _engine(self, run: _Run) -> AbstractContextManager[Engine]:
-        return self._cache.engine(self.folder, run.folds, *run.devices, runtime=run.options.runtime)
+        runtime = run.options.runtime
+        return self._cache.engine(self.folder, run.folds, *run.devices, runtime=runtime, check=run.check)
 
     def _run(self, options: PredictOptions, progress: Progress | None, check: Check | None) -> _Run:
         folds = self._check_folds(options.folds)

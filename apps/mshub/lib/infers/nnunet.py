@@ -18,7 +18,7 @@ import numpy as np
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 
 from lib import audit
-from lib.activity import Activity, Run
+from lib.activity import Activity, Run, check_client
 from lib.conf import Config
 from lib.faults import as_http_errors
 from mshub.catalogue import ModelCard
@@ -124,7 +124,7 @@ class NNUNetInferTask(InferTask):  # type: ignore[misc]
             with watched as run:
                 images, facts = _images(request, version, run)
                 run.predicting()
-                prediction = predictor.predict(images, options, run.progress, check)
+                prediction = predictor.predict(images, options, run.progress, check or check_client)
             started = time.perf_counter()
             path = output.write(_only(prediction.labels, kept, prediction.names))
             prediction.seconds["write"] = time.perf_counter() - started

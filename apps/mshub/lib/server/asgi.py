@@ -25,6 +25,7 @@ from starlette.types import Scope
 
 from lib.faults import check_name
 from lib.server.access import USER, Access
+from lib.server.disconnects import Disconnects
 from lib.server.login import Login
 from lib.server.proxy import pass_on
 from lib.server.viewer import BuildFiles, add_viewer
@@ -376,7 +377,7 @@ def _extend(api: Any) -> None:
     add_viewer(api, _home)
     api.dependency_overrides[get_current_user] = _current_user
     origins = [str(origin) for origin in settings.MONAI_LABEL_CORS_ORIGINS]
-    api.user_middleware.append(Middleware(Access, _home, _is_program, origins))
+    api.user_middleware += [Middleware(Access, _home, _is_program, origins), Middleware(Disconnects)]
     api.add_exception_handler(MSHubError, _on_our_error)
     api.add_exception_handler(json.JSONDecodeError, _on_bad_json)
     api.add_exception_handler(ImageNotFoundException, _on_not_found)
