@@ -15,6 +15,7 @@
     |-- CaseError              an image that cannot be segmented
     |   |-- GeometryError      its grid is degenerate, or two grids differ
     |   `-- ChannelError       the wrong number or kind of channels
+    |-- StorageFull            the disk has no room for what is to be stored
     |-- LabelError             label names or values that do not fit the model
     |-- PredictionError        the network ran and failed
     |   |-- Interrupted        it was ended to let somebody else go first, or nobody waits for it any more
@@ -97,6 +98,11 @@ class GeometryError(CaseError):
 
 class ChannelError(CaseError):
     code = "channels"
+
+
+class StorageFull(MSHubError):
+    code = "storage-full"
+    http_status = 507
 
 
 class LabelError(MSHubError):

@@ -20,6 +20,8 @@ from monailabel.interfaces.datastore import DefaultLabelTag
 
 from lib import audit
 from lib.faults import as_http_errors, check_name
+from lib.free_space import check_space
+from lib.index_file import back_up, plain, recover
 from lib.reviews import patient_of, reviewed_case
 from mshub.agreement import agreement
 from mshub.atomic_file import replace_by_copy, replace_json
@@ -38,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 IMAGE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha")
 FIRST_CHANNEL = "_0000"
+INDEX = "datastore_v2.json"  # MONAI Label's name for it
 _VERSION = re.compile(r"version_(\d+)")
 _CHANNEL = re.compile(r"(?P<case>.+)_(?P<number>\d{4})")
 
@@ -70,9 +73,14 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
     ) -> None:
         self.structures, self._refused = structures, RefusedLabels(refused)
         self._warned: set[str] = set()
+        index = Path(path) / INDEX
+        if not read_only:
+            recover(index)
         super().__init__(
             path, extensions=[f"*{ending}" for ending in IMAGE_ENDINGS], auto_reload=auto_reload, read_only=read_only
         )
+        if not read_only:
+            back_up(index)
 
         if auto_reload:
             self._handler.on_moved = self._on_index_replaced
@@ -127,6 +135,8 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
                 415,
                 f"The upload {Path(image_filename).name} is no volume: expected {', '.join(IMAGE_ENDINGS)}.",
             )
+        with as_http_errors():
+            check_space(Path(self._datastore.image_path()), Path(image_filename).stat().st_size)
         ending = _ending(image_filename)
         name = (image_id or Path(image_filename).name.removesuffix(ending)) + ending
         replace_by_copy(Path(image_filename), Path(self._datastore.image_path()) / name)
@@ -314,6 +324,8 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
     def _store_label(self, image_id: str, path: Path, tag: str, info: dict[str, Any]) -> str:
         """Put a label in place by one rename, after the one it replaces was put aside; then write the index."""
         ending = _ending(path.name) or path.suffix
+        with as_http_errors():
+            check_space(Path(self._datastore.image_path()), 2 * path.stat().st_size)  # and the one it replaces
         with FileLock(self._lock_file):
             labels, folder = self._datastore.objects[image_id].labels, Path(self._datastore.label_path(tag))
             old = labels.get(tag)
@@ -322,7 +334,7 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
             replace_by_copy(path, folder / (image_id + ending))
             if old is not None and old.ext != ending:
                 (folder / (image_id + old.ext)).unlink(missing_ok=True)
-            stored = {**info, "ts": int(time.time()), "name": image_id + ending}
+            stored = plain({**info, "ts": int(time.time()), "name": image_id + ending})
             labels[tag] = DataModel(info=stored, ext=ending)
             self._update_datastore_file(lock=False)
         return image_id
@@ -367,9 +379,23 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
             return stem.removesuffix(FIRST_CHANNEL), FIRST_CHANNEL + ending
         return stem, ending
 
+    def update_image_info(self, image_id: str, info: dict[str, Any]) -> None:
+        """Note what is known of an image."""
+        super().update_image_info(image_id, plain(info))
+
+    def update_label_info(self, label_id: str, label_tag: str, info: dict[str, Any]) -> None:
+        """Note what is known of a label."""
+        super().update_label_info(label_id, label_tag, plain(info))
+
     def _list_files(self, path: str, patterns: list[str]) -> dict[str, str]:
-        """Return the files of a folder without the second and further channels of a case."""
+        """Return the files of a folder without the second and further channels of a case.
+
+        A name that is no text would spoil the index; its file is left out, and the log says so.
+        """
         found: dict[str, str] = super()._list_files(path, patterns)
+        for name in [name for name in found if not _is_text(name)]:
+            self._warn_once(f"a file is left out, as its name is not UTF-8: {name!a}")
+            del found[name]
         return {name: file for name, file in found.items() if not _is_further_channel(name, found)}
 
 
@@ -398,6 +424,14 @@ def _origin(prelabel: dict[str, Any]) -> dict[str, Any] | None:
     """Return model and version of the pre-label a correction started from; None without one."""
     params = prelabel.get("params", {})
     return {"model": params["model"], "version": params["model_version"]} if "model_version" in params else None
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _ending(name: str) -> str:

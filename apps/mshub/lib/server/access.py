@@ -77,6 +77,8 @@ class Access:
         Says of a scope whether it asks for a file of the viewer's program, which holds nobody's data.
     origins : collection of str
         Sites whose pages may send requests, beside this server's own: MONAI Label's ``MONAI_LABEL_CORS_ORIGINS``.
+    observe : callable, optional
+        Told method, route, status and seconds of every answer.
     """
 
     def __init__(
@@ -85,8 +87,9 @@ class Access:
         find_home: Callable[[], Path],
         is_program: Callable[[Scope], bool],
         origins: Collection[str] = (),
+        observe: Callable[[str, str, int, float], None] | None = None,
     ) -> None:
-        self._app, self._find_home, self._is_program = app, find_home, is_program
+        self._app, self._find_home, self._is_program, self._observe = app, find_home, is_program, observe
         self._origins = {origin.rstrip("/") for origin in origins}
         self._read_studies: dict[tuple[str, str], float] = {}
 
@@ -121,9 +124,12 @@ class Access:
         try:
             await (refusal or self._app)(request.scope, receive, note_status)
         finally:
+            seconds = time.perf_counter() - began
+            if self._observe is not None:
+                self._observe(request.method, found[0].path if found else "(none)", status, seconds)
             if self._is_told(request, found, user, status, guards):
                 told = {**_told(request, found, user, guards), **facts}
-                guards.log.write(**told, status=status, seconds=round(time.perf_counter() - began, 3))
+                guards.log.write(**told, status=status, seconds=round(seconds, 3))
 
     def _judged(
         self, request: Request, found: tuple[Permission, dict[str, Any]] | None, guards: Guards

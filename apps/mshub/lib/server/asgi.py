@@ -26,6 +26,7 @@ from starlette.types import Scope
 from lib.faults import check_name
 from lib.server.access import USER, Access
 from lib.server.disconnects import Disconnects
+from lib.server.health import Health
 from lib.server.login import Login
 from lib.server.proxy import pass_on
 from lib.server.viewer import BuildFiles, add_viewer
@@ -373,11 +374,13 @@ def _is_program(scope: Scope) -> bool:
 
 def _extend(api: Any) -> None:
     routes = [APIRoute(path, answer, methods=[method], tags=[tag]) for method, path, answer, tag in ROUTES]
-    api.router.routes[:0] = [*routes, *Login(_home).routes()]
+    health = Health(_home, status)
+    api.router.routes[:0] = [*routes, *Login(_home).routes(), *health.routes()]
     add_viewer(api, _home)
     api.dependency_overrides[get_current_user] = _current_user
     origins = [str(origin) for origin in settings.MONAI_LABEL_CORS_ORIGINS]
-    api.user_middleware += [Middleware(Access, _home, _is_program, origins), Middleware(Disconnects)]
+    access = Middleware(Access, _home, _is_program, origins, health.requests.observe)
+    api.user_middleware += [access, Middleware(Disconnects)]
     api.add_exception_handler(MSHubError, _on_our_error)
     api.add_exception_handler(json.JSONDecodeError, _on_bad_json)
     api.add_exception_handler(ImageNotFoundException, _on_not_found)

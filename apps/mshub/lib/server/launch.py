@@ -12,6 +12,7 @@ import sys
 from monailabel.main import Main
 
 from lib.conf import Config
+from lib.server.single import hold
 from mshub.errors import MSHubError
 from mshub.serve import check_exposure
 from mshub.store import ModelStore
@@ -24,9 +25,14 @@ def main() -> None:
     try:
         Config.parse(dict(arguments.conf or []))
         check_exposure(arguments.host, ModelStore().home)
+        lock = hold(arguments.studies)
     except MSHubError as error:
         sys.exit(f"mshub: {error}")
-    Main().run()
+    try:
+        Main().run()
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 if __name__ == "__main__":

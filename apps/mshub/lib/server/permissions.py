@@ -22,6 +22,9 @@ POST   public    /logout
 GET    public    /auth/                               quiet
 POST   public    /auth/token
 GET    viewer    /auth/token/valid                    quiet
+GET    public    /health/live                         quiet
+GET    public    /health/ready                        quiet
+GET    viewer    /metrics                             quiet
 GET    public    /favicon.ico                         quiet
 GET    public    /static/{path:path}                  quiet
 GET    viewer    /                                    quiet

@@ -1,0 +1,81 @@
+"""The index of a studies folder, which says whose labels are whose: backed up daily, taken from there if damaged.
+
+What is written is whole or not written at all (`mshub.atomic_file`); damaged it is by disks, by editors and by programs
+other than this one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from mshub.atomic_file import replace_by_copy
+
+logger = logging.getLogger(__name__)
+
+BACKUPS = 7
+
+
+def back_up(index: Path) -> None:
+    """Keep a copy of today's index, beside those of the last days on which there was one."""
+    if not _is_readable(index):
+        return
+    copy = index.with_name(f"{index.stem}.{datetime.now(timezone.utc):%Y%m%d}.bak")
+    if not copy.exists():
+        try:
+            replace_by_copy(index, copy)
+        except OSError as error:
+            logger.warning("the index is not backed up: %s", error)
+            return
+    for old in _backups(index)[BACKUPS:]:
+        old.unlink(missing_ok=True)
+
+
+def recover(index: Path) -> None:
+    """Put the newest readable backup in the place of a damaged index, which is kept under another name.
+
+    Without a backup the images are found again in the folder, and the labels by their names; what was known of them
+    is not.
+    """
+    if not index.exists() or _is_readable(index):
+        return
+    damaged = index.with_name(f"{index.stem}.{datetime.now(timezone.utc):%Y%m%dT%H%M%S}.damaged")
+    index.rename(damaged)
+    backup = next((copy for copy in _backups(index) if _is_readable(copy)), None)
+    if backup is None:
+        logger.error(
+            "%s is damaged and there is no backup: it is %s now, and a new one is made from the files in the folder",
+            index.name,
+            damaged.name,
+        )
+        return
+    replace_by_copy(backup, index)
+    logger.error("%s is damaged: it is %s now, and %s takes its place", index.name, damaged.name, backup.name)
+
+
+def plain(value: Any) -> Any:
+    """Return what JSON can hold of a value: numbers that are none become None; one of them would spoil the index."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(key): plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    return value
+
+
+def _backups(index: Path) -> list[Path]:
+    """Return the backups, newest first."""
+    return sorted(index.parent.glob(f"{index.stem}.[0-9]*.bak"), reverse=True)
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and isinstance(content.get("objects"), dict)
