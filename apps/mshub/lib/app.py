@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 import threading
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -30,8 +31,10 @@ from lib.digests import Digests
 from lib.exports import check_format, export_label, export_prediction
 from lib.faults import as_http_errors, not_found
 from lib.infers import NNUNetInferTask
+from lib.janitor import Janitor, remove_abandoned, trim
 from lib.pacs import PacsStudies
 from lib.pacs_client import PacsClient
+from lib.sessions import UploadSessions
 from lib.trainers import NNUNetTrainTask, Trainings, studies_of
 from lib.warm_up import WarmUp
 from mshub.errors import MSHubError
@@ -53,6 +56,8 @@ UNPROTECTED = (
     "labels and replace models, pages of any site may ask it, sessions unpack archives, a prediction blocks all other "
     "requests, and nothing is audited. Use `mshub serve`, or add --uvicorn_app lib.server.asgi:app."
 )
+PREPARED_BYTES = 20 * 2**30
+"""Disk for networks that OpenVINO has prepared."""
 DESCRIPTION = "nnU-Net models for automatic segmentation, fine-tuned with your corrections. For research use."
 
 
@@ -179,12 +184,27 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         if settings.MONAI_LABEL_TASKS_TRAIN:
             self._resume_trainings()
         logging.getLogger("timeloop").disabled = True
+        Janitor(self._sweeping()).start()
         if isinstance(self.datastore(), StudiesFolder):
             facts = (self._task, self._infer_in_turn, self._studies, self._served, self._modalities)
             self.active_learning.start(self.activity, self.jobs, *facts)
         if isinstance(self.datastore(), PacsStudies):
             threading.Thread(target=import_module, args=("highdicom.seg",), daemon=True).start()  # seconds, once
         super().on_init_complete()
+
+    def _sweeping(self) -> Iterator[Callable[[], str]]:
+        """Yield what the janitor does."""
+        yield remove_abandoned
+        yield partial(trim, self.store.prepared_networks, PREPARED_BYTES)
+        datastore = self.datastore()
+        if isinstance(datastore, PacsStudies):
+            yield partial(datastore.trim_copies, int(self.config.disk_gb * 2**30))
+
+    def _load_sessions(self, load: bool = False) -> UploadSessions | None:
+        """Return the uploads of clients; MONAI Label calls this."""
+        if not load:
+            return None
+        return UploadSessions(settings.MONAI_LABEL_SESSION_PATH, settings.MONAI_LABEL_SESSION_EXPIRY)
 
     def _resume_trainings(self) -> None:
         try:

@@ -139,6 +139,11 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
             check_space(Path(self._datastore.image_path()), Path(image_filename).stat().st_size)
         ending = _ending(image_filename)
         name = (image_id or Path(image_filename).name.removesuffix(ending)) + ending
+        if (Path(self._datastore.image_path()) / name).exists() or self._to_id(name)[0] in self._datastore.objects:
+            raise HTTPException(
+                409,
+                f"There is an image {self._to_id(name)[0]!r} here already. Give another id, or delete that one first.",
+            )
         replace_by_copy(Path(image_filename), Path(self._datastore.image_path()) / name)
         self.refresh()
         stored = self._id_of(name)

@@ -55,6 +55,7 @@ LISTED_S, SEEN_S, RETRY_S = 1.0, 2.0, 10.0
 SLOW_S, SHARE_OF_ASKING = 0.5, 0.1
 """A PACS that takes longer to list its series is asked less often: for at most this share of the time."""
 WAIT_FOR_LABELS_S = 5.0
+UNUSED_S = 3600.0  # a copy somebody asked for within an hour is not swept away
 """How long a request waits for the corrections of others to be taken in; a first time can take minutes."""
 KEPT_HEADERS = 512
 FINAL = str(DefaultLabelTag.FINAL.value)
@@ -196,6 +197,10 @@ class PacsStudies(StudiesFolder):
         """Remove the copy of a series without labels, unused for so many seconds; return whether it is gone."""
         item = self._datastore.objects.get(image_id)
         return not (item and item.labels) and self._files.drop(image_id, unused_s)
+
+    def trim_copies(self, most_bytes: int) -> str:
+        """Remove the copies of series nobody asked for longest; see `SeriesFiles.trim`. The PACS has them all."""
+        return self._files.trim(most_bytes, UNUSED_S)
 
     def channels(self, image_id: str) -> list[Path]:
         """Return the series alone: which others belong to it depends on the model. See `channel_files`."""

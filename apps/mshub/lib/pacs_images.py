@@ -99,6 +99,33 @@ class SeriesFiles:
             shutil.rmtree(self.folder / "channels" / series, ignore_errors=True)
         return True
 
+    def trim(self, most_bytes: int, unused_s: float) -> str:
+        """Remove the copies nobody asked for longest, until the others take no more than `most_bytes`.
+
+        Those asked for within `unused_s` stay in any case. Returns what was removed, as a sentence.
+        """
+        sizes = {series: self._nbytes(series) for series in self.copies()}
+        total, removed = sum(sizes.values()), 0
+        for series in sorted(sizes, key=self._last_use):
+            if total <= most_bytes:
+                break
+            if time.time() - self._last_use(series) >= unused_s and self.drop(series, unused_s):
+                total, removed = total - sizes[series], removed + 1
+        return f"{removed} copies of series of the PACS" if removed else ""
+
+    def _nbytes(self, series: str) -> int:
+        folders = (self._headers(series), self.folder / "channels" / series)
+        files = [self.path(series), *(path for folder in folders for path in folder.glob("*"))]
+        return sum(path.stat().st_size for path in files if path.is_file())
+
+    def _last_use(self, series: str) -> float:
+        """Return when a copy was asked for last, or made, in seconds since 1970."""
+        asked = self._asked_for.get(series)
+        if asked is not None:
+            return time.time() - (time.monotonic() - asked)
+        path = self.path(series)
+        return path.stat().st_mtime if path.exists() else 0.0
+
     def stack(self, series: str) -> SeriesStack:
         """Return where the slices of a fetched series lie, with their headers."""
         return read_stack(self._headers(series))

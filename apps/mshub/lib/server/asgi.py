@@ -44,6 +44,13 @@ logger = logging.getLogger(__name__)
 __all__ = ["app"]
 
 
+INFER_OPTIONS = frozenset(
+    ("device", "profile", "folds", "label_prompt", "result_extension", "result_dtype", "result_compress", "client_id")
+    + ("save_label", "label_tag", "grid", "restore_label_idx", "series")
+)
+"""What a client may ask of a prediction; whatever else it sends goes no further."""
+
+
 class DicomResult(str, Enum):
     """Answers of ``/infer`` that are DICOM objects."""
 
@@ -72,6 +79,7 @@ def infer(
     unsafe = sorted(options.keys() & {"image", "model", "session", "channels", "image_id"})
     if unsafe:
         raise HTTPException(400, f"params may not set {', '.join(unsafe)}: use the query parameters of /infer.")
+    options = {name: value for name, value in options.items() if name in INFER_OPTIONS}
     if not (image or session_id or file):
         raise HTTPException(400, "The request names no image: add ?image=ID, ?session_id=ID or a file.")
     if not file and not session_id and image.startswith(("/", "\\", ".")):

@@ -1,0 +1,74 @@
+"""Images somebody uploaded for a while: MONAI Label's sessions, with ids nobody can guess, and an end."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import time
+from pathlib import Path
+from uuid import uuid4
+
+from fastapi import HTTPException
+from monailabel.utils.sessions import SessionInfo, Sessions
+
+logger = logging.getLogger(__name__)
+
+LONGEST_S = 24 * 3600
+UNFINISHED_S = 3600
+"""A folder without a session's description is one that is being uploaded, or the rest of one."""
+_ID = re.compile(r"[0-9a-f-]{32,36}")
+
+
+class UploadSessions(Sessions):  # type: ignore[misc]
+    """Sessions under one folder.
+
+    Parameters
+    ----------
+    store_path : str
+    expiry : int
+        Seconds after its last use that a session ends, at most `LONGEST_S`.
+    """
+
+    def add_session(
+        self, data_file: str, expiry: int = 0, uncompress: bool = False, session_id: str | None = None
+    ) -> tuple[str, SessionInfo]:
+        """Keep a file, or a folder of files, as a new session; archives are refused."""
+        if uncompress:
+            raise HTTPException(
+                400, "Archives are not unpacked here: send the image itself, or the files of its series."
+            )
+        added: tuple[str, SessionInfo] = super().add_session(
+            data_file, min(expiry if expiry > 0 else self.expiry, LONGEST_S), False, session_id or str(uuid4())
+        )
+        return added
+
+    def get_session(self, session_id: str, update_ts: bool = True, fetch_cache: bool = True) -> SessionInfo | None:
+        """Return a session; None if it does not exist, has ended or is damaged."""
+        if not _ID.fullmatch(session_id):
+            return None
+        try:
+            found: SessionInfo | None = super().get_session(session_id, update_ts=False, fetch_cache=fetch_cache)
+        except (OSError, ValueError, AttributeError) as error:
+            logger.warning("a session is damaged (%s) and ends", type(error).__name__)
+            self.remove_session(session_id)
+            return None
+        if found is not None and 0 < found.expiry < time.time() - found.last_access_ts:
+            self.remove_session(session_id)
+            return None
+        if found is not None and update_ts:
+            found.last_access_ts = int(time.time())
+            self._write_meta_info(session_id, found)
+        return found
+
+    def remove_expired(self) -> int:
+        """Remove what has ended, and what is left of uploads that broke off; returns how many."""
+        folder, count = Path(self.store_path), 0
+        for path in [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else ():
+            is_described = (path / "meta.info").exists()
+            if not is_described and time.time() - path.stat().st_mtime < UNFINISHED_S:
+                continue
+            if not is_described or self.get_session(path.name, update_ts=False, fetch_cache=False) is None:
+                shutil.rmtree(path, ignore_errors=True)
+                count += 1
+        return count

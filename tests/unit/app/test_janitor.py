@@ -1,0 +1,117 @@
+"""What piles up is swept away, and nothing that anybody still uses."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from lib.janitor import Janitor, remove_abandoned, trim
+from lib.sessions import UNFINISHED_S, UploadSessions
+
+DAY = 24 * 3600.0
+
+
+def aged(path: Path, days: float, nbytes: int = 100) -> Path:
+    """Write a file that was changed so many days ago."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"x" * nbytes)
+    then = time.time() - days * DAY
+    os.utime(path, (then, then))
+    return path
+
+
+def test_the_oldest_files_go_until_the_others_fit(tmp_path: Path) -> None:
+    files = [aged(tmp_path / "kept" / str(days), days) for days in (9, 7, 5, 3)]
+    assert trim(tmp_path / "kept", 250) == "2 files of kept"
+    assert [path.exists() for path in files] == [False, False, True, True]
+    assert trim(tmp_path / "kept", 250) == ""
+
+
+def test_what_was_changed_today_stays_however_large(tmp_path: Path) -> None:
+    aged(tmp_path / "kept" / "new", 0.1, 10_000)
+    assert trim(tmp_path / "kept", 1) == ""
+    assert trim(tmp_path / "missing", 1) == ""
+
+
+def test_what_a_killed_server_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    old, busy = aged(tmp_path / "mshub-results-1" / "label.nii.gz", 3), aged(tmp_path / "mshub-2" / "old", 3)
+    aged(tmp_path / "mshub-2" / "new", 0)
+    theirs = aged(tmp_path / "somebody" / "old", 9)
+    for folder in (old.parent, busy.parent, theirs.parent):
+        os.utime(folder, (time.time() - 3 * DAY,) * 2)
+    (tmp_path / "mshub-link").symlink_to(theirs.parent)
+    assert remove_abandoned(tmp_path) == "1 temporary files"
+    assert not old.parent.exists()
+    assert busy.exists()
+    assert theirs.exists()
+
+
+def test_one_task_that_fails_does_not_keep_the_others_from_theirs(caplog: pytest.LogCaptureFixture) -> None:
+    def fail() -> str:
+        raise OSError("disk on fire")
+
+    with caplog.at_level(logging.INFO):
+        Janitor([fail, lambda: "", lambda: "3 things"]).sweep()
+    assert "disk on fire" in caplog.text
+    assert "swept: 3 things" in caplog.text
+
+
+# -- sessions ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sessions(tmp_path: Path) -> UploadSessions:
+    return UploadSessions(str(tmp_path / "sessions"), 3600)
+
+
+def upload(tmp_path: Path) -> str:
+    path = tmp_path / "image.nii.gz"
+    path.write_bytes(b"image")
+    return str(path)
+
+
+def test_a_session_is_found_after_a_restart_by_its_id_only(sessions: UploadSessions, tmp_path: Path) -> None:
+    number, _ = sessions.add_session(upload(tmp_path))
+    again = UploadSessions(sessions.store_path, 3600)
+    found = again.get_session(number)
+    assert found is not None
+    assert Path(found.image).read_bytes() == b"image"
+    for other in ("", ".", "..", "../sessions", number[:-1], number + "x", "0" * 36, number.upper() + "/"):
+        assert again.get_session(other) is None
+    assert len({UploadSessions(sessions.store_path, 60).add_session(upload(tmp_path))[0][:8] for _ in range(20)}) == 20
+
+
+def test_a_session_ends(sessions: UploadSessions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    number, info = sessions.add_session(upload(tmp_path), expiry=100)
+    now = time.time()
+    monkeypatch.setattr("lib.sessions.time.time", lambda: now + 90)
+    assert sessions.get_session(number) is not None
+    monkeypatch.setattr("lib.sessions.time.time", lambda: now + 180)
+    assert sessions.get_session(number) is not None, "it was used meanwhile"
+    monkeypatch.setattr("lib.sessions.time.time", lambda: now + 300)
+    assert sessions.get_session(number) is None
+    assert not Path(info.path).exists()
+
+
+def test_sessions_of_servers_that_ended_are_swept(
+    sessions: UploadSessions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, _ = sessions.add_session(upload(tmp_path))
+    ended, info = sessions.add_session(upload(tmp_path), expiry=60)
+    damaged, other = sessions.add_session(upload(tmp_path))
+    (Path(other.path) / "meta.info").write_text("{")
+    unfinished = Path(sessions.store_path) / "unfinished"
+    unfinished.mkdir()
+    again, now = UploadSessions(sessions.store_path, 3600), time.time()
+    monkeypatch.setattr("lib.sessions.time.time", lambda: now + 120)
+    assert again.remove_expired() == 2
+    assert [Path(sessions.store_path, name).exists() for name in (kept, ended, damaged)] == [True, False, False]
+    assert unfinished.exists()
+    assert not Path(info.path).exists()
+    monkeypatch.setattr("lib.sessions.time.time", lambda: now + UNFINISHED_S + 60)
+    again.remove_expired()
+    assert not unfinished.exists()
