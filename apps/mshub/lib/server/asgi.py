@@ -45,8 +45,10 @@ __all__ = ["app"]
 
 
 INFER_OPTIONS = frozenset(
-    ("device", "profile", "folds", "label_prompt", "result_extension", "result_dtype", "result_compress", "client_id")
-    + ("save_label", "label_tag", "grid", "restore_label_idx", "series")
+    {
+        *("device", "profile", "folds", "label_prompt", "client_id", "save_label", "label_tag", "grid", "series"),
+        *("result_extension", "result_dtype", "result_compress", "restore_label_idx"),
+    }
 )
 """What a client may ask of a prediction; whatever else it sends goes no further."""
 
