@@ -19,6 +19,7 @@
     |-- LabelError             label names or values that do not fit the model
     |-- PredictionError        the network ran and failed
     |   |-- Interrupted        it was ended to let somebody else go first, or nobody waits for it any more
+    |   |-- DeviceFull         a device has too little memory for it
     |   `-- Busy               too many others wait for the device already
     `-- TrainingError          a training could not start or did not finish
 
@@ -118,6 +119,10 @@ class PredictionError(MSHubError):
 class Interrupted(PredictionError):
     code = "interrupted"
     http_status = 503
+
+
+class DeviceFull(PredictionError):
+    code = "device-full"
 
 
 class Busy(PredictionError):

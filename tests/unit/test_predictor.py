@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import nibabel as nib
 import numpy as np
@@ -333,7 +333,9 @@ def test_running_out_of_memory_says_what_to_do(
     liver_spleen: Path, image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Engine, "logits", raising(torch.OutOfMemoryError("CUDA out of memory")))
-    with pytest.raises(PredictionError, match=r"cpu ran out of memory on an image of \(29, 23, 14\) voxels.*fast"):
+    with pytest.raises(
+        PredictionError, match=r"cpu ran out of memory on an image of \(29, 23, 14\) voxels.*another device"
+    ):
         predict(liver_spleen, image)
 
 
@@ -383,6 +385,51 @@ def test_probabilities_of_regions(two_channels: Path, image: Path) -> None:
 def test_probabilities_of_what_the_model_does_not_know_are_refused(liver_spleen: Path, image: Path) -> None:
     with pytest.raises(LabelError, match="heart were asked for; this model knows liver, spleen"):
         predict(liver_spleen, image, options=replace(BALANCED, probabilities=("liver", "heart")))
+
+
+# -- a GPU that is too small --------------------------------------------------------------------------------------
+
+
+class SmallGPU(Engine):
+    """An engine that says it is on a GPU, which has too little memory as often as the test wants."""
+
+    too_little: ClassVar[list[str]] = []
+
+    def __init__(self, folder: ModelFolder, folds: tuple[str, ...], device: torch.device, *more: Any) -> None:
+        super().__init__(folder, folds, CPU, *more)
+        self.device = device
+
+    def logits(self, data: np.ndarray, **options: Any) -> torch.Tensor:
+        if self.device.type == "cuda" and self.too_little:
+            raise torch.OutOfMemoryError(self.too_little.pop())
+        return super().logits(data, **options)
+
+
+@pytest.fixture
+def small_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    monkeypatch.setattr("mshub.nnunet.network_cache.Engine", SmallGPU)
+    monkeypatch.setattr("mshub.nnunet.predictor.candidate_devices", lambda _: (torch.device("cuda", 0),))
+    yield SmallGPU.too_little
+    SmallGPU.too_little.clear()
+
+
+@pytest.mark.parametrize(
+    ("times", "device", "said"), [(0, "cuda:0", None), (1, "cuda:0", "emptied for it"), (2, "cpu", "too little memory")]
+)
+def test_a_gpu_without_memory_is_tried_alone_and_then_the_cpu(
+    liver_spleen: Path, image: Path, small_gpu: list[str], times: int, device: str, said: str | None
+) -> None:
+    expected = predict(liver_spleen, image, options=BALANCED)
+    cache = NetworkCache()
+    other = ModelFolder.open(liver_spleen)
+    load(cache, other, torch.device("cuda", 0))
+    small_gpu.extend(["none left"] * times)
+    found = NNUNetPredictor(ModelFolder.open(liver_spleen), cache).predict([image], BALANCED)
+    assert np.array_equal(found.labels.array_xyz, expected.labels.array_xyz)
+    assert found.provenance["device"] == device
+    stepped_down = found.provenance.get("stepped_down")
+    assert (stepped_down is None) if said is None else (said in stepped_down and "cuda:0" in stepped_down)
+    assert small_gpu == []
 
 
 # -- the cache and its locks --------------------------------------------------------------------------------------

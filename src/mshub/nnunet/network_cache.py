@@ -129,6 +129,14 @@ class NetworkCache:
             used -= self._engines.pop(key).nbytes
             logger.info("dropped %s from memory", key[0])
 
+    def make_room(self, device: torch.device) -> None:
+        """Drop every network on a device, after one of them found too little memory beside the others."""
+        with self._lock:
+            for key in [key for key in self._engines if key[2] == str(device)]:
+                del self._engines[key]
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def forget(self, path: Path) -> None:
         """Drop every network of the folder at `path`, after it stopped being the current version."""
         with self._lock:

@@ -6,16 +6,16 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 
 from mshub.card_tables import AS_STORED, InputRules
-from mshub.errors import GeometryError, LabelError, MSHubError, PredictionError
+from mshub.errors import DeviceFull, GeometryError, LabelError, MSHubError, PredictionError
 from mshub.geometry import Array, Grid, Volume
 from mshub.nnunet.devices import candidate_devices
 from mshub.nnunet.engine import Engine
@@ -28,6 +28,8 @@ from mshub.nnunet.sliding_window import Check, Progress
 from mshub.uncertainty import Uncertainty
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -190,8 +192,11 @@ class NNUNetPredictor:
         PredictionError
             The network failed; the message says at which stage.
         """
-        run = self._run(options, progress, check)
         self._check_structures(options.probabilities)
+        return self._stepping_down(self._run(options, progress, check), partial(self._predict, images))
+
+    def _predict(self, images: Sequence[Path], run: _Run) -> Prediction:
+        options = run.options
         with _told_errors(run):
             made, image, uncertainty = self._segment(images, run)
             reader = self.folder.plans_manager.image_reader_writer_class()
@@ -210,10 +215,36 @@ class NNUNetPredictor:
 
         Parameters and errors are those of `predict`.
         """
-        run = self._run(options, None, check)
+        return self._stepping_down(self._run(options, None, check), partial(self._measure, images))
+
+    def _measure(self, images: Sequence[Path], run: _Run) -> Uncertainty:
         with _told_errors(run), self._ready(images, run) as (engine, image):
             measures = engine.measures()
             return engine.uncertainty(measures, self._logits(engine, image, run, measures), image.properties)
+
+    def _stepping_down(self, run: _Run, work: Callable[[_Run], Result]) -> Result:
+        """Do `work`; where a GPU has too little memory, again with no other network on it, and then on the CPU.
+
+        Without mirroring, or with larger steps, it would need as much: these change how often the network runs.
+        """
+        try:
+            return work(run)
+        except DeviceFull as error:
+            device = self._made_room(run, error)
+        alone = run.again(device, f"{device} was emptied for it: beside other networks its memory did not suffice")
+        try:
+            return work(alone)
+        except DeviceFull as error:
+            self._made_room(alone, error)
+        return work(run.again(torch.device("cpu"), f"{device} has too little memory for it"))
+
+    def _made_room(self, run: _Run, error: DeviceFull) -> torch.device:
+        """Empty the GPU that was too small, and return it; where the CPU's memory did not suffice nothing helps."""
+        if run.device is None or run.device.type == "cpu":
+            raise error
+        logger.warning("%s It is tried once more otherwise.", error)
+        self._cache.make_room(run.device)
+        return run.device
 
     def warm(self, options: PredictOptions = PredictOptions()) -> None:
         """Load the network and run it on one tile, so that the next request finds everything ready.
@@ -324,6 +355,7 @@ class NNUNetPredictor:
             "input_clip": list(rules.clip) if rules.clip else None,
             **({"orientation": rules.orientation} if rules.orientation else {}),
             **({"inference": "nnU-Net v1"} if self.folder.predicts_as_v1 else {}),
+            **({"stepped_down": run.stepped_down} if run.stepped_down else {}),
         }
 
 
@@ -353,6 +385,11 @@ class _Run:
     device: torch.device | None = None
     runtime: str = ""
     grid: Grid | None = None
+    stepped_down: str = ""
+
+    def again(self, device: torch.device, stepped_down: str) -> _Run:
+        """Return the same prediction, on another device; why, the answer says."""
+        return replace(self, devices=(device,), device=None, clock=_Clock(), stepped_down=stepped_down)
 
 
 def _prepare(data: Array, properties: dict[str, Any], grid: Grid, profile: Profile, engine: Engine) -> PreparedImage:
@@ -373,9 +410,8 @@ def _told_errors(run: _Run) -> Iterator[None]:
         raise
     except torch.OutOfMemoryError as error:
         size = f"an image of {run.grid.shape_xyz} voxels" if run.grid else "this image"
-        raise PredictionError(
-            f"{run.device or 'The device'} ran out of memory on {size}. "
-            "Choose profile fast, another device, or a smaller image."
+        raise DeviceFull(
+            f"{run.device or 'The device'} ran out of memory on {size}. Choose another device, or a smaller image."
         ) from error
     except Exception as error:
         logger.exception("prediction failed")
