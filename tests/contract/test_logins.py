@@ -1,0 +1,109 @@
+"""A server with users, as those who have to log in see it: MONAI Label's client, a browser's requests, a script."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from monailabel.client.client import MONAILabelClientException
+
+from factories import make_image, make_model_folder
+from live import LiveServer, Site
+from mshub.install import add_model
+from mshub.store import ModelStore
+from mshub.users import user_file
+
+PASSWORD = "a password for tests"
+SENSITIVE = "mueller_hans_1950"
+
+
+@pytest.fixture(scope="module")
+def ward(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp("ward")
+    studies, home = folder / "studies", folder / "home"
+    make_image(studies / f"{SENSITIVE}.nii.gz", (21, 25, 18), seed=1)
+    add_model(ModelStore(home), "tiny", make_model_folder(folder / "models" / "tiny"))
+    users = user_file(home)
+    for role in ("admin", "annotator", "viewer"):
+        users.add(role, PASSWORD, role)
+    server = LiveServer(home, ["--studies", str(studies)], folder, probe="/health/live")
+    yield Site(server, studies, home)
+    server.stop()
+
+
+def test_slicers_client_logs_in_and_works(ward: Site, tmp_path: Path) -> None:
+    client = ward.server.client(tmp_path)
+    assert client.auth_enabled()
+    with pytest.raises(MONAILabelClientException, match="401"):
+        client.info()
+    assert not client.auth_valid_token()
+    with pytest.raises(MONAILabelClientException, match="401"):
+        client.auth_token("annotator", "wrong")
+    client.update_auth(client.auth_token("annotator", PASSWORD))
+    assert client.auth_valid_token()
+    assert "tiny" in client.info()["models"]
+    label, params = client.infer("tiny", SENSITIVE, {"profile": "balanced"})
+    info = [{"name": name, "idx": value} for name, value in params["label_names"].items()]
+    client.save_label(SENSITIVE, label, params={"label_info": info})
+    with pytest.raises(MONAILabelClientException, match="403"):
+        client.train_model("tiny", {})
+
+
+def test_a_viewer_looks_and_changes_nothing(ward: Site, tmp_path: Path) -> None:
+    client = ward.server.client(tmp_path)
+    client.update_auth(client.auth_token("viewer", PASSWORD))
+    assert client.datastore()["objects"].keys() == {SENSITIVE}
+    with pytest.raises(MONAILabelClientException, match="403"):
+        client.infer("tiny", SENSITIVE)
+    with pytest.raises(MONAILabelClientException, match="403"):
+        client.next_sample("random", {})
+
+
+def test_a_browser_logs_in_by_the_page(ward: Site) -> None:
+    url = ward.server.url
+    with httpx.Client(base_url=url, headers={"Accept": "text/html"}) as browser:
+        led = browser.get("/mshub/status")
+        assert led.status_code == 303
+        page = browser.get(led.headers["location"])
+        assert "<form" in page.text
+        form = {"username": "annotator", "password": PASSWORD, "next": "/mshub/status"}
+        answer = browser.post("/login", data=form, headers={"Origin": url})
+        assert (answer.status_code, answer.headers["location"]) == (303, "/mshub/status")
+        assert browser.get("/mshub/status").json()["models"] == {"tiny": "v1"}
+        assert browser.post("/activelearning/random", headers={"Origin": "http://elsewhere.example"}).status_code == 403
+        assert browser.post("/activelearning/random", headers={"Origin": url}).status_code == 200
+
+
+def test_the_audit_log_and_the_servers_log_name_no_image(ward: Site, tmp_path: Path) -> None:
+    client = ward.server.client(tmp_path)
+    client.update_auth(client.auth_token("annotator", PASSWORD))
+    client.infer("tiny", SENSITIVE, {"profile": "balanced"})
+    lines = [json.loads(line) for line in (ward.home / "logs" / "audit.jsonl").read_text().splitlines()]
+    (infer, *_) = [
+        line for line in reversed(lines) if line["action"] == "POST /infer/{model}" and line["status"] == 200
+    ]
+    assert (infer["user"], infer["model"], infer["version"]) == ("annotator", "tiny", "v1")
+    assert len(infer["image"]) == 16
+    assert SENSITIVE not in (ward.home / "logs" / "audit.jsonl").read_text()
+
+
+def test_a_script_watches_the_server(ward: Site) -> None:
+    token = user_file(ward.home).create_token("viewer", "prometheus", 1)
+    metrics = httpx.get(f"{ward.server.url}/metrics", headers={"Authorization": f"Bearer {token}"})
+    assert metrics.status_code == 200
+    assert 'mshub_requests_total{method="POST",route="/auth/token",status="200"}' in metrics.text
+    assert httpx.get(f"{ward.server.url}/metrics").status_code == 401
+    assert httpx.get(f"{ward.server.url}/health/ready").json()["ready"] is True
+
+
+def test_a_second_server_on_the_folder_says_why_it_does_not_start(ward: Site, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mshub", "serve", "--studies", str(ward.studies), "--port", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "MSHUB_HOME": str(tmp_path)})
+    assert done.returncode != 0
+    assert "Another server works on" in done.stdout + done.stderr
