@@ -639,7 +639,8 @@ CONVERTS = """
 import sys, torch
 {before}
 from mshub.errors import PredictionError
-from mshub.nnunet.openvino_network import OpenVINONetwork, is_installed, prepared
+from mshub.nnunet.openvino_library import is_installed
+from mshub.nnunet.openvino_network import OpenVINONetwork, prepared
 loaded = "openvino" in sys.modules and sys.modules["openvino"] is not None
 try:
     prepared(torch.nn.Conv2d(1, 2, 3), (1, 8, 12))
