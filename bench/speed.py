@@ -217,10 +217,8 @@ class Measurement:
             shutil.rmtree(scratch, ignore_errors=True)
 
     def _repeats_of(self, case: Case) -> int:
-        """Return how often arms run; the server's is one run of several requests."""
-        if self._part == "server":
-            return 1
-        return self._settings.repeats if case.in_table else min(self._settings.repeats, speed_report.REPEATS_OF_CURVES)
+        """Return how often arms run: once for a point of a curve, and for the server, which is asked several times."""
+        return self._settings.repeats if case.in_table and self._part != "server" else 1
 
     def _fits(self, case: Case, arm: Json) -> bool:
         reason = too_large(case, self._part, arm, self._settings.memory)

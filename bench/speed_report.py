@@ -33,7 +33,6 @@ STAGES = {
 }
 COLOURS = {NNUNET: "#d9822b", MSHUB: "#1f5fa8"}
 CURVES = {"slices": "{0} of {y} x {x}, {heads} classes", "classes": "{0}, {z} slices of {y} x {x}"}
-REPEATS_OF_CURVES = 3
 PACKAGES = ("torch", "nnunetv2", "openvino", "numpy", "scipy", "scikit-image", "numba")
 MB = 1e6
 NOTHING = ""
@@ -407,7 +406,7 @@ def export_section(part: Part, images: Path) -> str:
             part.origin(),
             pair_table(part, rows, "differing voxels"),
             f"![Growth of time and memory]({images.name}/performance-growth.png)\n",
-            f"The points of the curves, of {REPEATS_OF_CURVES} runs at most:\n",
+            "The points of the curves, one run each:\n",
             pair_table(part, points, "differing voxels"),
         ]
     )

@@ -31,7 +31,7 @@ LIBRARY_LAYERS = (
     *("nnunet.pickle_limits", "nnunet.checkpoints", "nnunet.pieces", "nnunet.postprocessing", "nnunet.folder"),
     *("nnunet.kernels", "nnunet.half_precision", "nnunet.window_kernels", "nnunet.export_kernels"),
     *("nnunet.device_export", "nnunet.export"),
-    *("nnunet.devices", "nnunet.measures", "nnunet.deepest_features", "nnunet.window_sums", "nnunet.sliding_window"),
+    *("nnunet.devices", "nnunet.window_sums", "nnunet.measures", "nnunet.deepest_features", "nnunet.sliding_window"),
     *("nnunet.openvino_library", "nnunet.network_agreement", "nnunet.openvino_conversion"),
     *("nnunet.openvino_network", "nnunet.cuda_network"),
     *("nnunet.resampling", "nnunet.body", "nnunet.preprocessing", "nnunet.engine"),

@@ -43,8 +43,7 @@ _CONVERTERS = ("torch", "dynamic_network_architectures")
 class OpenVINONetwork:
     """A network with the weights of one fold, for inputs of one shape.
 
-    A batch is computed sample by sample: larger batches were not faster, and a model that takes any size of batch was
-    half as slow again.
+    One tile at a time: batches were not faster, and a model that takes any size of batch was half as slow again.
 
     Parameters
     ----------
@@ -56,7 +55,7 @@ class OpenVINONetwork:
     shape : tuple of int
         (channel, *patch), the only shape of an input.
     encoder : torch.nn.Identity or None
-        Every pass hands the deepest features of the encoder, float32, axes (batch, feature, *deepest grid), to this
+        Every pass hands the deepest features of the encoder, float32, axes (1, feature, *deepest grid), to this
         module, so that a forward hook sees them as it does in the torch network. None for a network that has no
         ``encoder``.
     nbytes : int
@@ -95,38 +94,33 @@ class OpenVINONetwork:
 
         Parameters
         ----------
-        x : Tensor, float32 on the CPU, axes (batch, channel, *patch)
+        x : Tensor, float32 on the CPU, axes (1, channel, *patch)
 
         Returns
         -------
-        Tensor, float32, axes (batch, class, *patch)
-            Contiguous, and the caller's own: the next pass does not touch it.
+        Tensor, float32, axes (1, class, *patch)
+            The next pass overwrites it. Classes lie last in memory, as OpenVINO computes them.
 
         Raises
         ------
         PredictionError
             The shape is another one, or OpenVINO failed.
         """
-        if tuple(x.shape[1:]) != self.shape or not len(x):
+        if tuple(x.shape) != (1, *self.shape):
             raise PredictionError(
-                f"The network was converted for inputs of shape (batch, {', '.join(map(str, self.shape))}); this one "
+                f"The network was converted for inputs of shape (1, {', '.join(map(str, self.shape))}); this one "
                 f"has {tuple(x.shape)}. Convert it for that shape, or let torch run it."
             )
         with explained("run"):
-            logits, features = zip(*(self._pass(sample) for sample in x.float().split(1)), strict=True)
+            given = {0: x.detach().float().contiguous().numpy()}
+            found = self._request.infer(given, share_inputs=True, share_outputs=True)
         if self.encoder is not None:
-            self.encoder(torch.cat(features) if len(features) > 1 else features[0])
-        return torch.cat(logits) if len(logits) > 1 else logits[0]
+            self.encoder(torch.from_numpy(found[1]))
+        return torch.from_numpy(found[0]).movedim(-1, 1)
 
     def release(self) -> None:
         """Give back the memory of what lies between input and output: most of it; the next pass takes it again."""
         self._request.get_compiled_model().release_memory()
-
-    def _pass(self, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return logits and deepest features of one sample, copied out of the memory of the next pass."""
-        found = self._request.infer({0: sample.detach().contiguous().numpy()}, share_inputs=True, share_outputs=True)
-        features = None if self.encoder is None else torch.from_numpy(found[1]).clone()
-        return _classes_first(torch.from_numpy(found[0])), features
 
 
 def prepared(
@@ -180,15 +174,6 @@ def _settings() -> dict[str, Any]:
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "ENABLE_CPU_PINNING": False,
     }
-
-
-def _classes_first(logits: torch.Tensor) -> torch.Tensor:
-    """Return a copy with the axes (1, class, *spatial) of one with (1, *spatial, class).
-
-    Through two axes only: torch copies those in blocks, three times as fast as five.
-    """
-    _, *spatial, classes = logits.shape
-    return logits.reshape(-1, classes).t().clone(memory_format=torch.contiguous_format).reshape(1, classes, *spatial)
 
 
 def _weights_nbytes(model: Any) -> int:

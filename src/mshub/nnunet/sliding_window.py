@@ -149,7 +149,8 @@ class SlidingWindow(nnUNetPredictor):  # type: ignore[misc]
     def _sum_of_passes(self, x: torch.Tensor) -> tuple[torch.Tensor, int]:
         """Return the sum of the network's outputs for a tile and its mirrored copies, and how many there are."""
         flips = list(self._flips())
-        total = first_copy(self._pass(x, flips[0], len(flips)))
+        output = self._pass(x, flips[0], len(flips))
+        total = first_copy(output) if len(flips) > 1 else output  # which the next pass overwrites
         for axes in flips[1:]:
             add_copy(total, self._pass(x, axes, len(flips)), axes)
         self._end_of_tile()

@@ -53,22 +53,23 @@ def add_tile(
     Parameters
     ----------
     sums : ndarray, bits of float16, axes (class, z, y, x)
-    tile : ndarray, float32, axes (class, z, y, x), C-contiguous
-        The total over mirrored copies.
+    tile : ndarray, float32, axes (class, z, y, x)
+        The total over mirrored copies; classes may come first or last in memory.
     share : float32
         One over the number of copies, a power of two.
     weights : ndarray, float32, axes (z, y, x), C-contiguous
     corner : tuple of int
         Of the tile in the image: z, y, x.
     begin, end : int
-        Which classes.
+        Which slices of the tile.
     """
-    _, depth, height, width = tile.shape
-    for index in range(begin, end):
-        for z in range(depth):
-            for y in range(height):
+    classes, _, height, width = tile.shape
+    for z in range(begin, end):
+        for y in range(height):
+            weight = weights[z, y]
+            for index in range(classes):
                 row = sums[index, corner[0] + z, corner[1] + y, corner[2] : corner[2] + width]
-                added, weight = tile[index, z, y], weights[z, y]
+                added = tile[index, z, y]
                 for x in range(width):
                     row[x] = single_to_half(half_to_single(row[x]) + added[x] * share * weight[x])
 

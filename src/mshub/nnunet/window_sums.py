@@ -54,10 +54,10 @@ class SumsOnCPU:
         places = [slice(place, place + 1) if isinstance(place, int) else place for place in slicer[1:]]
         z, y, x = (place.start for place in places)
         shape = tuple(place.stop - place.start for place in places)
-        tile = total.cpu().float().contiguous().reshape(-1, *shape).numpy()
+        tile = total.cpu().float().reshape(-1, *shape).numpy()
         share: Any = np.float32(1 / copies)
         weight = self._exact.reshape(shape).numpy()
-        in_parts(partial(add_tile, bits_of(self._sums), tile, share, weight, (z, y, x)), len(tile))
+        in_parts(partial(add_tile, bits_of(self._sums), tile, share, weight, (z, y, x)), shape[0])
         self._weights[slicer[1:]] += self._gaussian
 
     def mean(self) -> torch.Tensor:
@@ -94,8 +94,20 @@ class SumsOnDevice:
 
 
 def first_copy(output: torch.Tensor) -> torch.Tensor:
-    """Return a network's output as a sum that other copies are added to; a network on a GPU reuses its output."""
-    return output.contiguous() if output.device.type == "cpu" else output.clone()
+    """Return a network's output as a sum that other copies are added to; networks reuse their output."""
+    return output.clone() if output.device.type != "cpu" else classes_first(output)
+
+
+def classes_first(output: torch.Tensor) -> torch.Tensor:
+    """Return an output, axes (1, class, *spatial), in this order in memory too; itself if it is, otherwise a copy.
+
+    Of one with the classes last, as OpenVINO writes it, through two axes only: torch copies those in blocks, three
+    times as fast as five.
+    """
+    if output.is_contiguous() or output.stride(1) != 1:
+        return output.contiguous()
+    columns = output.movedim(1, -1).reshape(-1, output.shape[1])
+    return columns.t().clone(memory_format=torch.contiguous_format).reshape(output.shape)
 
 
 def add_copy(total: torch.Tensor, output: torch.Tensor, axes: tuple[int, ...]) -> None:
@@ -106,5 +118,5 @@ def add_copy(total: torch.Tensor, output: torch.Tensor, axes: tuple[int, ...]) -
     missing = 5 - total.ndim  # a 2d network's output lacks an axis
     shape = (total.shape[1], *[1] * missing, *total.shape[2:])
     mirrored = [axis + 2 - missing in axes for axis in range(3)]
-    arrays = total.view(shape).numpy(), output.contiguous().view(shape).numpy()
+    arrays = total.view(shape).numpy(), classes_first(output).view(shape).numpy()
     in_parts(partial(add_mirrored, *arrays, *mirrored), len(arrays[0]))
