@@ -67,7 +67,7 @@ class Login:
 
     def routes(self) -> list[APIRoute]:
         """Return them all."""
-        answers = [
+        answers: list[tuple[str, str, Callable[..., Any]]] = [
             ("GET", "/auth/", self.enabled),
             ("POST", "/auth/token", self.token),
             ("GET", "/auth/token/valid", self.valid),
