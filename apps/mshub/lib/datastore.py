@@ -21,7 +21,7 @@ from monailabel.interfaces.datastore import DefaultLabelTag
 from lib import audit
 from lib.faults import as_http_errors, check_name
 from lib.free_space import check_space
-from lib.index_file import back_up, plain, recover
+from lib.index_file import back_up, back_up_last, plain, recover
 from lib.reviews import patient_of, reviewed_case
 from mshub.agreement import agreement
 from mshub.atomic_file import replace_by_copy, replace_json
@@ -342,6 +342,7 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
             stored = plain({**info, "ts": int(time.time()), "name": image_id + ending})
             labels[tag] = DataModel(info=stored, ext=ending)
             self._update_datastore_file(lock=False)
+            back_up_last(Path(self._datastore_config_path))
         return image_id
 
     def _put_aside(self, image_id: str, tag: str, labels: dict[str, DataModel]) -> None:

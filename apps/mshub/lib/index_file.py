@@ -1,4 +1,6 @@
-"""The index of a studies folder, which says whose labels are whose: backed up daily, taken from there if damaged.
+"""The index of a studies folder, which says whose labels are whose: backed up, and taken from there if damaged.
+
+There is a copy of when the last label was stored, and one of each of the last days.
 
 What is written is whole or not written at all (`mshub.atomic_file`); damaged it is by disks, by editors and by programs
 other than this one.
@@ -17,7 +19,7 @@ from mshub.atomic_file import replace_by_copy
 
 logger = logging.getLogger(__name__)
 
-BACKUPS = 7
+DAYS = 7
 
 
 def back_up(index: Path) -> None:
@@ -26,13 +28,14 @@ def back_up(index: Path) -> None:
         return
     copy = index.with_name(f"{index.stem}.{datetime.now(timezone.utc):%Y%m%d}.bak")
     if not copy.exists():
-        try:
-            replace_by_copy(index, copy)
-        except OSError as error:
-            logger.warning("the index is not backed up: %s", error)
-            return
-    for old in _backups(index)[BACKUPS:]:
+        _copy(index, copy)
+    for old in _daily(index)[DAYS:]:
         old.unlink(missing_ok=True)
+
+
+def back_up_last(index: Path) -> None:
+    """Keep a copy of the index after a label was stored: what is known of a label stands nowhere else."""
+    _copy(index, index.with_name(f"{index.stem}.last.bak"))
 
 
 def recover(index: Path) -> None:
@@ -45,7 +48,8 @@ def recover(index: Path) -> None:
         return
     damaged = index.with_name(f"{index.stem}.{datetime.now(timezone.utc):%Y%m%dT%H%M%S}.damaged")
     index.rename(damaged)
-    backup = next((copy for copy in _backups(index) if _is_readable(copy)), None)
+    known = sorted(index.parent.glob(f"{index.stem}.*.bak"), key=lambda copy: copy.stat().st_mtime, reverse=True)
+    backup = next((copy for copy in known if _is_readable(copy)), None)
     if backup is None:
         logger.error(
             "%s is damaged and there is no backup: it is %s now, and a new one is made from the files in the folder",
@@ -68,8 +72,15 @@ def plain(value: Any) -> Any:
     return value
 
 
-def _backups(index: Path) -> list[Path]:
-    """Return the backups, newest first."""
+def _copy(index: Path, copy: Path) -> None:
+    try:
+        replace_by_copy(index, copy)
+    except OSError as error:
+        logger.warning("the index is not backed up: %s", error)
+
+
+def _daily(index: Path) -> list[Path]:
+    """Return the backups of days, newest first."""
     return sorted(index.parent.glob(f"{index.stem}.[0-9]*.bak"), reverse=True)
 
 

@@ -13,7 +13,7 @@ import pytest
 from factories import make_image
 from lib.app import MSHubApp
 from lib.datastore import INDEX, StudiesFolder
-from lib.index_file import BACKUPS, back_up, plain, recover
+from lib.index_file import DAYS, back_up, plain, recover
 from mshub.errors import MSHubError
 
 DAMAGE = {
@@ -81,7 +81,7 @@ def test_the_backups_of_some_days_are_kept_and_none_of_a_damaged_index(tmp_path:
         (tmp_path / f"{index.stem}.202601{day}.bak").write_text(index.read_text())
     back_up(index)
     back_up(index)
-    assert len(list(tmp_path.glob("*.bak"))) == BACKUPS
+    assert len(list(tmp_path.glob("*.bak"))) == DAYS
     assert not (tmp_path / f"{index.stem}.20260110.bak").exists()
     index.write_text("{")
     for copy in tmp_path.glob("*.bak"):
