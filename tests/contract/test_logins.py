@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -28,6 +30,7 @@ def ward(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("ward")
     studies, home = folder / "studies", folder / "home"
     make_image(studies / f"{SENSITIVE}.nii.gz", (21, 25, 18), seed=1)
+    make_image(studies / "large.nii.gz", (150, 150, 90), seed=2)
     add_model(ModelStore(home), "tiny", make_model_folder(folder / "models" / "tiny"))
     users = user_file(home)
     for role in ("admin", "annotator", "viewer"):
@@ -52,15 +55,15 @@ def test_slicers_client_logs_in_and_works(ward: Site, tmp_path: Path) -> None:
     info = [{"name": name, "idx": value} for name, value in params["label_names"].items()]
     client.save_label(SENSITIVE, label, params={"label_info": info})
     with pytest.raises(MONAILabelClientException, match="403"):
-        client.train_model("tiny", {})
+        client.train_start("tiny", {})
 
 
 def test_a_viewer_looks_and_changes_nothing(ward: Site, tmp_path: Path) -> None:
     client = ward.server.client(tmp_path)
     client.update_auth(client.auth_token("viewer", PASSWORD))
-    assert client.datastore()["objects"].keys() == {SENSITIVE}
+    assert client.datastore()["objects"].keys() == {SENSITIVE, "large"}
     with pytest.raises(MONAILabelClientException, match="403"):
-        client.infer("tiny", SENSITIVE)
+        client.infer("tiny", SENSITIVE, {})
     with pytest.raises(MONAILabelClientException, match="403"):
         client.next_sample("random", {})
 
@@ -90,7 +93,30 @@ def test_the_audit_log_and_the_servers_log_name_no_image(ward: Site, tmp_path: P
     ]
     assert (infer["user"], infer["model"], infer["version"]) == ("annotator", "tiny", "v1")
     assert len(infer["image"]) == 16
+    (label, *_) = [line for line in lines if line["action"] == "PUT /datastore/label"]
+    assert label["started_from"] is None
     assert SENSITIVE not in (ward.home / "logs" / "audit.jsonl").read_text()
+
+
+def test_the_servers_log_says_that_it_is_protected(ward: Site) -> None:
+    assert "without MSHub's layer" not in ward.server.log.read_text()
+
+
+def test_who_hangs_up_is_not_computed_for_any_more(ward: Site) -> None:
+    token = user_file(ward.home).create_token("annotator", "impatient", 1)
+    headers = {"Authorization": f"Bearer {token}"}
+
+    def status() -> Any:
+        return httpx.get(f"{ward.server.url}/mshub/status", headers=headers).json()
+
+    failed, url = status()["failed"], f"{ward.server.url}/infer/tiny?image=large"
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(url, data={"params": "{}"}, headers=headers, timeout=httpx.Timeout(30, read=2))
+    deadline = time.monotonic() + 5
+    while status()["running"]:
+        assert time.monotonic() < deadline, "it is still computed for nobody"
+        time.sleep(0.05)
+    assert status()["failed"] == failed + 1
 
 
 def test_a_script_watches_the_server(ward: Site) -> None:

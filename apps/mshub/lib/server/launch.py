@@ -7,6 +7,7 @@ scroll away. It configures logging only where nobody has: this does.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 from monailabel.main import Main
@@ -21,6 +22,8 @@ from mshub.store import ModelStore
 def main() -> None:
     """Run MONAI Label's command line; a mistyped option is a sentence, not a trace from within the start."""
     logging.basicConfig(level=logging.WARNING)
+    # MONAI Label would import `lib` a second time for the app, and what is noted in one copy is unknown in the other.
+    os.environ["MONAI_LABEL_RELOAD_APP_LIB"] = "false"
     arguments = Main().args_parser().parse_args()
     try:
         Config.parse(dict(arguments.conf or []))
