@@ -437,14 +437,12 @@ def server_section(part: Part, _: Path) -> str:
 
 REQUESTS = {
     "request": ("Whole requests", "performance-stages.png"),
-    "bundle": ("Beside MONAI's nnU-Net bundle", "performance-bundle.png"),
     "gpu": ("Whole requests on a GPU", "performance-gpu.png"),
 }
 SECTIONS = {
     "export": export_section,
     "preprocessing": preprocessing_section,
     "request": request_section,
-    "bundle": request_section,
     "gpu": request_section,
     "server": server_section,
 }
