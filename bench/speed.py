@@ -1,7 +1,7 @@
 """MSHub's predictions beside nnU-Net's own tools: time, memory, and whether the labels are the same.
 
     python bench/speed.py                          # all but the server; writes docs/performance.md and its plots
-    python bench/speed.py export --repeats 3       # one part: export, preprocessing, request, bundle, gpu or server
+    python bench/speed.py export --repeats 3       # one part: export, preprocessing, request, gpu or server
     python bench/speed.py --quick                  # small, in bench/out/speed-quick: does everything still run
     python bench/speed.py --report-only            # tables and plots of the last results
 
@@ -31,7 +31,7 @@ import psutil
 
 import speed_arms
 import speed_report
-from speed_arms import MONAI, MSHUB, NNUNET, NNUNET_STEP
+from speed_arms import MSHUB, NNUNET, NNUNET_STEP
 
 if TYPE_CHECKING:
     from speed_cases import Case
@@ -40,10 +40,10 @@ Json = dict[str, Any]
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "bench" / "out"
-PARTS = ("export", "preprocessing", "request", "bundle", "gpu", "server")
+PARTS = ("export", "preprocessing", "request", "gpu", "server")
 REAL_CT = ROOT.parent / "shared" / "data" / "ct_torso" / "example_ct.nii.gz"
 SHARE_OF_MEMORY = 0.6
-OWN_BYTES = {"export": 2**29, "request": 3 * 2**30, "bundle": 3 * 2**30, "gpu": 5 * 2**30, "server": 3 * 2**30}
+OWN_BYTES = {"export": 2**29, "request": 3 * 2**30, "gpu": 5 * 2**30, "server": 3 * 2**30}
 """What a process needs besides: libraries, and for a request the network and its layers' outputs."""
 SERVED_PROFILE = "fast"
 THREAD_VARIABLES = (
@@ -74,8 +74,6 @@ def arms_of(case: Case, part: str, settings: Settings) -> list[Json]:
     """Return the arms of a case: the label is that of the arm ``reference``, times are beside those of ``beside``."""
     if part == "request":
         return list(_request_arms(case, settings))
-    if part == "bundle":
-        return list(_bundle_arms())
     if part == "gpu":
         return list(_gpu_arms())
     if part == "server":
@@ -107,16 +105,6 @@ def _request_arms(case: Case, settings: Settings) -> Iterator[Json]:
         for profile in (profile for profile in profiles if profile.step == NNUNET_STEP):
             ours = {**same, "beside": cold, "program": MSHUB, "warm": False, "profile": profile.name}
             yield {**ours, "name": f"{MSHUB}, command line, {profile.name}"}
-
-
-def _bundle_arms() -> Iterator[Json]:
-    """Yield MONAI's bundle, which does not mirror, and MSHub doing the same."""
-    bundle = f"{MONAI}'s nnU-Net bundle"
-    same = {"mirroring": False, "reference": bundle, "beside": bundle, "warm": True}
-    yield {**same, "name": bundle, "program": MONAI}
-    for runtime in _runtimes():
-        ours = {**same, "program": MSHUB, "profile": "balanced", "runtime": runtime}
-        yield {**ours, "name": f"{MSHUB}, warm, balanced, {runtime}"}
 
 
 def _gpu_arms() -> Iterator[Json]:
@@ -262,7 +250,6 @@ def measure(parts: Sequence[str], settings: Settings, command: str) -> None:
             "export": lambda: export_cases(settings.quick),
             "preprocessing": lambda: preprocessing_cases(settings.quick),
             "gpu": lambda: gpu_cases(settings.quick),
-            "bundle": lambda: request_cases(True, None),
         }.get(part, lambda: request_cases(settings.quick, settings.real))()
         for case in cases:
             if settings.only in case.name:
@@ -302,7 +289,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"unknown part {unknown[0]}; expected some of {', '.join(PARTS)}")
     if found.real is not None and not (found.real.is_file() and found.real.name.endswith(".nii.gz")):
         parser.error(f"--real: found {found.real.name}, expected a CT, an existing file .nii.gz")
-    wanted = found.parts or [*PARTS[:4], *["gpu"] * _has_gpu(), *["server"] * found.server]
+    wanted = found.parts or [*PARTS[:3], *["gpu"] * _has_gpu(), *["server"] * found.server]
     found.parts = [part for part in PARTS if part in wanted]
     found.out = found.out or OUT / ("speed-quick" if found.quick else "speed")
     found.doc = found.doc or (found.out if found.quick else ROOT / "docs") / "performance.md"

@@ -31,7 +31,7 @@ Array = np.ndarray[Any, Any]
 Json = dict[str, Any]
 
 ROOT = Path(__file__).resolve().parent.parent
-NNUNET, MSHUB, MONAI = "nnunetv2", "mshub", "monai"
+NNUNET, MSHUB = "nnunetv2", "mshub"
 NNUNET_STEP = 0.5
 NNUNET_MAIN = (
     "from nnunetv2.inference.predict_from_raw_data import predict_entry_point_modelfolder;"
@@ -76,7 +76,6 @@ def work(task: Json) -> Json:
         "export": _export,
         "preprocessing": _preprocessing,
         "request": _request,
-        "bundle": _request,
         "gpu": _request,
         "server": _server,
     }[task["part"]]
@@ -200,7 +199,7 @@ def _request(task: Json) -> Json:
 
     torch.set_num_threads(task["threads"])
     on_gpu = task["arm"].get("device") == "cuda"
-    request = {NNUNET: _warm_nnunet, MSHUB: _warm_mshub, MONAI: _warm_bundle}[task["arm"]["program"]](task)
+    request = (_warm_nnunet if task["arm"]["program"] == NNUNET else _warm_mshub)(task)
     with Meter() as meter:
         request(Path(task["tiny"]), Path(task["result"]), meter)
     if on_gpu:
@@ -262,43 +261,6 @@ def _warm_nnunet(task: Json) -> Request:
         return meter.laps()
 
     return request
-
-
-def _warm_bundle(task: Json) -> Request:
-    """Return the way of a MONAI bundle made of an nnU-Net model: arrays go to nnU-Net's own worker processes."""
-    import torch
-    from monai.apps.nnunet.nnunet_bundle import ModelnnUNetWrapper
-    from monai.data import MetaTensor
-    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-
-    predictor = nnUNetPredictor(
-        use_mirroring=False, perform_everything_on_device=False, device=torch.device("cpu"), allow_tqdm=False
-    )
-    bundle = ModelnnUNetWrapper(predictor, _write_bundle(Path(task["model"]), Path(task["result"]).parent / "bundle"))
-    reader = predictor.plans_manager.image_reader_writer_class()
-
-    def request(image: Path, label: Path, _: Meter) -> Mapping[str, float]:
-        data, properties = reader.read_images([str(image)])
-        meta = {"pixdim": torch.tensor([[1.0, *properties["spacing"]]])}
-        found = bundle(MetaTensor(torch.from_numpy(data)[None], meta=meta))
-        reader.write_seg(found[0, 0].numpy(), str(label), properties)
-        return {}
-
-    return request
-
-
-def _write_bundle(model: Path, folder: Path) -> Path:
-    """Lay the files of a model out as MONAI wants them; returns the folder of the weights."""
-    import torch
-
-    weights = folder / "model"
-    weights.mkdir(parents=True, exist_ok=True)
-    for name in ("plans.json", "dataset.json"):
-        shutil.copyfile(model / name, folder / name)
-    checkpoint = torch.load(model / "fold_0" / "checkpoint_final.pth", weights_only=True)
-    torch.save({"network_weights": checkpoint["network_weights"]}, weights / "model.pt")
-    torch.save(checkpoint, folder / "nnunet_checkpoint.pth")
-    return weights
 
 
 def _warm_mshub(task: Json) -> Request:

@@ -76,8 +76,9 @@ class Engine:
         self._plans, self._configuration = folder.plans_manager, folder.configuration_manager
         parameters = [folder.checkpoint(fold)["network_weights"] for fold in folds]
         self._window = ProbabilityWindow(device) if folder.predicts_as_v1 else SlidingWindow(device)
+        is_on_gpu = device.type != "cpu"
         self._window.manual_initialization(
-            load_network(folder, parameters[0]),
+            torch.nn.Identity() if is_on_gpu else load_network(folder, parameters[0]),
             self._plans,
             self._configuration,
             parameters,
@@ -89,7 +90,7 @@ class Engine:
         self.runtime = "torch"
         self._networks: Sequence[OpenVINONetwork | CUDANetwork] = ()
         self._weights_nbytes = sum(tensor.nbytes for weights in parameters for tensor in weights.values())
-        if device.type != "cpu":
+        if is_on_gpu:
             networks = [
                 CUDANetwork(load_network(folder, weights), _tile_shape(folder), device) for weights in parameters
             ]
