@@ -20,7 +20,7 @@ def replacing(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
     """
     part = path.with_name(f".{uuid4().hex}.part")
     try:
-        with open(part, "xb", opener=_for_the_owner if private else None) as stream:
+        with open(part, "xb", opener=for_the_owner if private else None) as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
@@ -30,7 +30,8 @@ def replacing(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
         raise
 
 
-def _for_the_owner(path: str, flags: int) -> int:
+def for_the_owner(path: str, flags: int) -> int:
+    """Open a file that only its owner can read: an ``opener`` of `open`."""
     return os.open(path, flags, 0o600)
 
 

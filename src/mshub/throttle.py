@@ -10,6 +10,8 @@ from collections.abc import Callable
 FREE = 5
 """So many failures cost nothing: people mistype."""
 LONGEST_S = 300.0
+FORGET_S = 24 * 3600.0
+"""Failures are forgotten when the last one was so long ago."""
 MOST_KEYS = 10_000
 
 
@@ -18,39 +20,53 @@ class Throttle:
 
     Parameters
     ----------
+    free : int
+        So many failures cost nothing.
+    longest_s : float
+        Nobody waits longer.
     now : callable, optional
         Returns seconds.
 
     May be used by any number of threads. Keys that failed longest ago are forgotten when there are too many.
     """
 
-    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
-        self._now, self._lock = now, threading.Lock()
+    def __init__(
+        self, free: int = FREE, longest_s: float = LONGEST_S, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._free, self._longest_s, self._now = free, longest_s, now
+        self._lock = threading.Lock()
         self._failures: OrderedDict[str, tuple[int, float]] = OrderedDict()
 
-    def wait_s(self, *keys: str) -> float:
-        """Return how long to wait before the next attempt with any of these keys; 0 if none."""
-        with self._lock:
-            return max((self._wait_of(key) for key in keys), default=0.0)
+    def attempt(self, key: str) -> float:
+        """Return how long to wait before the next attempt; 0 if this one may go on.
 
-    def failed(self, *keys: str) -> None:
-        """Count a failure."""
+        It counts as a failure until `succeeded` or `take_back` is called, so that many attempts at once are not all the
+        first.
+        """
         with self._lock:
-            for key in keys:
-                count, _ = self._failures.pop(key, (0, 0.0))
-                self._failures[key] = count + 1, self._now()
-            while len(self._failures) > MOST_KEYS:
+            count, last = self._failures.get(key, (0, 0.0))
+            now = self._now()
+            if now - last > FORGET_S:
+                count = 0
+            if count >= self._free and (wait := last + self._wait_after(count) - now) > 0:
+                return wait
+            self._failures.pop(key, None)
+            self._failures[key] = count + 1, now
+            if len(self._failures) > MOST_KEYS:
                 self._failures.popitem(last=False)
+            return 0.0
 
-    def succeeded(self, *keys: str) -> None:
+    def succeeded(self, key: str) -> None:
         """Forget the failures."""
         with self._lock:
-            for key in keys:
-                self._failures.pop(key, None)
+            self._failures.pop(key, None)
 
-    def _wait_of(self, key: str) -> float:
-        count, last = self._failures.get(key, (0, 0.0))
-        if count < FREE:
-            return 0.0
-        wait = min(LONGEST_S, 2.0 ** (count - FREE))
-        return float(max(0.0, last + wait - self._now()))
+    def take_back(self, key: str) -> None:
+        """Count the last attempt as no failure, and leave those before it."""
+        with self._lock:
+            count, last = self._failures.get(key, (0, 0.0))
+            if count:
+                self._failures[key] = count - 1, last
+
+    def _wait_after(self, count: int) -> float:
+        return min(self._longest_s, 2.0 ** min(count - self._free, 30))

@@ -143,10 +143,18 @@ class UserFile:
         return Token(number, name, known["note"], role, datetime.fromisoformat(known["expires"]))
 
     def _content(self) -> dict[str, Any]:
-        """Return name -> facts, read again if the file is another one."""
+        """Return name -> facts, read again if the file is another one.
+
+        A file that was there and is gone means a disk that went away, not a server without users.
+        """
         try:
             found = self._path.stat()
         except FileNotFoundError:
+            if self._read[1]:
+                raise AccessError(
+                    f"{self._path.name} is gone from {self._path.parent.name}/. Nobody can log in. Put it back, or "
+                    "restart the server to have one without users."
+                ) from None
             return {}
         state = (found.st_ino, found.st_mtime_ns, found.st_size)
         if self._read[0] != state:

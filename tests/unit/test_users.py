@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from mshub import users as module
 from mshub.errors import AccessError
 from mshub.logins import HOURS, MOST_PER_USER, Logins
-from mshub.throttle import FREE, LONGEST_S, MOST_KEYS, Throttle
+from mshub.throttle import FORGET_S, FREE, LONGEST_S, MOST_KEYS, Throttle
 from mshub.users import LONGEST, ROLES, UserFile
 
 PASSWORD = "correct horse battery"
@@ -269,25 +270,40 @@ def test_damaged_logins_are_forgotten(
 
 def test_after_some_failures_each_takes_twice_as_long() -> None:
     time = 0.0
-    throttle = Throttle(lambda: time)
+    throttle = Throttle(now=lambda: time)
     for _ in range(FREE):
-        assert throttle.wait_s("ada", "10.0.0.1") == 0
-        throttle.failed("ada", "10.0.0.1")
+        assert throttle.attempt("ada") == 0
     waits = []
     for _ in range(12):
-        waits.append(throttle.wait_s("ada"))
+        waits.append(throttle.attempt("ada"))
         time += waits[-1]
-        assert throttle.wait_s("ada") == 0
-        throttle.failed("ada")
+        assert throttle.attempt("ada") == 0
     assert waits[:4] == [1, 2, 4, 8]
     assert waits[-1] == LONGEST_S
-    assert throttle.wait_s("grace") == 0
+    assert throttle.attempt("grace") == 0
     throttle.succeeded("ada")
-    assert throttle.wait_s("ada") == 0
+    assert throttle.attempt("ada") == 0
+
+
+def test_failures_of_long_ago_are_forgotten() -> None:
+    time = 0.0
+    throttle = Throttle(free=1, now=lambda: time)
+    assert throttle.attempt("ada") == 0
+    assert throttle.attempt("ada") == 1
+    time += FORGET_S + 1
+    assert throttle.attempt("ada") == 0
+    assert throttle.attempt("ada") == 1
+
+
+def test_of_many_attempts_at_once_no_more_are_free() -> None:
+    throttle = Throttle()
+    with ThreadPoolExecutor(16) as threads:
+        waits = list(threads.map(lambda _: throttle.attempt("ada"), range(200)))
+    assert waits.count(0) == FREE
 
 
 def test_guesses_of_many_names_do_not_fill_the_memory() -> None:
     throttle = Throttle()
     for number in range(MOST_KEYS + 10):
-        throttle.failed(str(number))
+        throttle.attempt(str(number))
     assert len(throttle._failures) == MOST_KEYS

@@ -30,8 +30,8 @@ from lib.datastore import StudiesFolder
 from lib.digests import Digests
 from lib.exports import check_format, export_label, export_prediction
 from lib.faults import as_http_errors, not_found
-from lib.infers import NNUNetInferTask
-from lib.janitor import Janitor, remove_abandoned, trim
+from lib.infers import NNUNetInferTask, results_folder
+from lib.janitor import Janitor, keep, remove_abandoned, trim
 from lib.pacs import PacsStudies
 from lib.pacs_client import PacsClient
 from lib.sessions import UploadSessions
@@ -194,6 +194,7 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
 
     def _sweeping(self) -> Iterator[Callable[[], str]]:
         """Yield what the janitor does."""
+        yield partial(keep, results_folder())
         yield remove_abandoned
         yield partial(trim, self.store.prepared_networks, PREPARED_BYTES)
         datastore = self.datastore()

@@ -11,19 +11,20 @@ import hmac
 import json
 import logging
 import secrets
-import threading
 from contextvars import ContextVar
 from datetime import datetime, timezone
+from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from mshub.atomic_file import replace_text
+from mshub.atomic_file import for_the_owner, replace_text
+from mshub.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 FILE_BYTES, FILES = 50 * 2**20, 20
-HASH_DIGITS = 16
+HASH_DIGITS, KEY_BYTES = 16, 32
 
 _facts: ContextVar[dict[str, Any] | None] = ContextVar("audited", default=None)
 
@@ -55,9 +56,7 @@ class AuditLog:
         self._key = _key(home / "audit.key")
         path = home / "logs" / "audit.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch(mode=0o600)
-        self._handler = RotatingFileHandler(path, maxBytes=FILE_BYTES, backupCount=FILES, encoding="utf-8")
-        self._lock = threading.Lock()
+        self._handler = _OwnersFile(path, maxBytes=FILE_BYTES, backupCount=FILES, encoding="utf-8")
 
     def hashed(self, name: str) -> str:
         """Return what stands for an image or a study."""
@@ -66,17 +65,28 @@ class AuditLog:
     def write(self, **facts: Any) -> None:
         """Write one line; that it cannot be written is an error in the server's log, and the request goes on."""
         line = json.dumps({"time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), **facts}, default=str)
-        try:
-            with self._lock:
-                self._handler.emit(logging.LogRecord("audit", logging.INFO, "", 0, line, None, None))
-        except OSError:
-            logger.exception("the audit log cannot be written")
+        self._handler.handle(logging.LogRecord("audit", logging.INFO, "", 0, line, None, None))
+
+
+class _OwnersFile(RotatingFileHandler):
+    """Log files that only their owner can read, from their first byte on."""
+
+    def _open(self) -> TextIOWrapper:
+        stream = open(self.baseFilename, self.mode, encoding=self.encoding, opener=for_the_owner)  # noqa: SIM115
+        return cast(TextIOWrapper, stream)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        logger.exception("the audit log cannot be written")
 
 
 def _key(path: Path) -> bytes:
     try:
-        return bytes.fromhex(path.read_text(encoding="ascii"))
+        key = bytes.fromhex(path.read_text(encoding="ascii"))
     except FileNotFoundError:
-        key = secrets.token_bytes(32)
+        key = secrets.token_bytes(KEY_BYTES)
         replace_text(path, key.hex(), private=True)
-        return key
+    except ValueError:
+        key = b""
+    if len(key) != KEY_BYTES:
+        raise ConfigError(f"{path.name} is damaged; expected {KEY_BYTES} bytes in hex. Put a backup in its place.")
+    return key

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
@@ -73,6 +74,7 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
     ) -> None:
         self.structures, self._refused = structures, RefusedLabels(refused)
         self._warned: set[str] = set()
+        self._adding = threading.Lock()
         index = Path(path) / INDEX
         if not read_only:
             recover(index)
@@ -139,13 +141,15 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
             check_space(Path(self._datastore.image_path()), Path(image_filename).stat().st_size)
         ending = _ending(image_filename)
         name = (image_id or Path(image_filename).name.removesuffix(ending)) + ending
-        if (Path(self._datastore.image_path()) / name).exists() or self._to_id(name)[0] in self._datastore.objects:
-            raise HTTPException(
-                409,
-                f"There is an image {self._to_id(name)[0]!r} here already. Give another id, or delete that one first.",
-            )
-        replace_by_copy(Path(image_filename), Path(self._datastore.image_path()) / name)
-        self.refresh()
+        with self._adding:
+            if (Path(self._datastore.image_path()) / name).exists() or self._to_id(name)[0] in self._datastore.objects:
+                raise HTTPException(
+                    409,
+                    f"There is an image {self._to_id(name)[0]!r} here already. Give another id, or delete that one "
+                    "first.",
+                )
+            replace_by_copy(Path(image_filename), Path(self._datastore.image_path()) / name)
+            self.refresh()
         stored = self._id_of(name)
         self.update_image_info(stored, image_info)
         return stored

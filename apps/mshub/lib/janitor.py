@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import tempfile
 import threading
@@ -15,7 +16,8 @@ logger = logging.getLogger(__name__)
 EVERY_S = 3600.0
 ABANDONED_S = 24 * 3600.0
 """Temporary files that nobody changed for so long belong to a server that was killed."""
-TEMPORARY = ("mshub-*",)
+TEMPORARY = re.compile(r"mshub-(results|export|reading)-\w{8}(\.[a-z.]+)?")
+"""What MSHub calls its temporary files and folders: a folder of somebody's own may begin with mshub as well."""
 
 
 class Janitor:
@@ -65,9 +67,12 @@ def trim(folder: Path, most_bytes: int, unused_s: float = ABANDONED_S) -> str:
 
 
 def remove_abandoned(folder: Path | None = None, unused_s: float = ABANDONED_S) -> str:
-    """Remove what servers that were killed left in the folder of temporary files."""
+    """Remove what servers that were killed left in the folder of temporary files.
+
+    A server that lives says so of its own by changing the folder's time, see `keep`.
+    """
     folder, removed = folder or Path(tempfile.gettempdir()), 0
-    for path in (path for pattern in TEMPORARY for path in folder.glob(pattern)):
+    for path in (path for path in folder.iterdir() if TEMPORARY.fullmatch(path.name)):
         try:
             if time.time() - _changed(path) < unused_s or path.is_symlink():
                 continue
@@ -76,6 +81,12 @@ def remove_abandoned(folder: Path | None = None, unused_s: float = ABANDONED_S) 
         except OSError:  # somebody else's
             continue
     return f"{removed} temporary files" if removed else ""
+
+
+def keep(folder: Path) -> str:
+    """Tell the janitors of this machine that a temporary folder is in use, though nothing changes in it."""
+    folder.touch()
+    return ""
 
 
 def _changed(path: Path) -> float:

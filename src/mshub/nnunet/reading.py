@@ -74,7 +74,7 @@ def read_as_nnunet(
         nnU-Net's reader cannot read it.
     """
     turned = [volume.turned(rules.orientation) for volume in volumes]
-    with tempfile.TemporaryDirectory(prefix="mshub-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="mshub-reading-") as scratch:
         paths = [
             str(_readable_path(path, volume, reader, volume is not before, Path(scratch) / f"{index:04d}.nii"))
             for index, (path, volume, before) in enumerate(zip(images, turned, volumes, strict=True))
@@ -118,7 +118,7 @@ def _sitk_geometry(path: str) -> dict[str, tuple[float, ...]]:
 
 def read_label_as_nnunet(label: Volume, reader: Any, orientation: str | None = None) -> Array:
     """Return a label map as the reader of a model's plans turns it, axes (1, z, y, x); see `InputRules.orientation`."""
-    with tempfile.TemporaryDirectory(prefix="mshub-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="mshub-reading-") as scratch:
         path = Path(scratch) / "label.nii"
         turned = label.turned(orientation)
         write_nifti(path, turned.array_xyz, turned.grid)
@@ -171,7 +171,7 @@ def _turned_as_written(array: Array, properties: dict[str, Any], reader: Any) ->
     marks[0, 0, 0] = 1
     for axis in range(3):
         marks[tuple(int(axis == other) for other in range(3))] = 2 + axis
-    with tempfile.TemporaryDirectory(prefix="mshub-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="mshub-reading-") as scratch:
         path = Path(scratch) / "marks.nii"
         reader.write_seg(marks, str(path), properties)
         written = np.asarray(nib.load(path).dataobj)

@@ -6,20 +6,26 @@ import json
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
 from starlette.middleware import Middleware
 from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Mount, Route
+from starlette.types import Receive, Scope, Send
 
 from lib import audit
 from lib.server import access, asgi
 from lib.server.access import COOKIE, USER, Access
-from lib.server.login import Login, _within
+from lib.server.login import FORM_BYTES, Login, _within
 from lib.server.permissions import PERMITTED, PUBLIC, permission_for
 from mshub import users as users_module
+from mshub.errors import ConfigError
 from mshub.throttle import FREE
 from mshub.users import ROLES, UserFile, user_file
 
@@ -123,42 +129,86 @@ def routes_of(app: Any) -> set[tuple[str, str]]:
     return found
 
 
+ROUTES = sorted(routes_of(asgi.app))
+SAME = {"/static": "/static/{path:path}"}
+"""A folder of files is a route without a pattern."""
+
+
+def needed(method: str, path: str) -> str | None:
+    """Return the role that a route of the server needs; None for one that is closed."""
+    permission, _ = permission_for(method, example(SAME.get(path, path)))
+    return permission.role if permission else None
+
+
 def test_every_route_is_permitted_to_somebody_or_closed_on_purpose() -> None:
-    routes = {(method, "/static/{path:path}" if path == "/static" else path) for method, path in routes_of(asgi.app)}
+    assert {route for route in ROUTES if needed(*route) is None} == CLOSED
     listed = {(permission.method, permission.path) for permission in PERMITTED}
-    services = {route for route in routes if route[1].startswith("/proxy/dicom/") and route[1].count("/") == 4}
-    extension = {("GET", "/viewer/extension/{path:path}")}
-    assert routes - services - extension - listed == CLOSED
-    assert listed - routes == set()
-    for method, path in sorted(services | extension):
-        assert permission_for(method, example(path)) is not None
+    assert listed - {(method, SAME.get(path, path)) for method, path in ROUTES} == set()
 
 
-@pytest.mark.parametrize(("method", "path"), sorted(CLOSED))
-def test_what_is_closed_is_closed_to_everybody(api: FastAPI, users: UserFile, method: str, path: str) -> None:
-    for role in ROLES:
-        answer = logged_in(api, role).request(method, example(path))
+def test_whoever_only_looks_changes_nothing() -> None:
+    for permission in PERMITTED:
+        if permission.method != "GET" and permission.path not in ("/login", "/logout", "/auth/token"):
+            assert permission.role in ("annotator", "admin"), permission
+
+
+@pytest.mark.parametrize("path", ["/train/", "/train/{model}", "/datastore/", "/datastore/image", "/datastore/label"])
+def test_only_an_admin_deletes_and_trains(path: str) -> None:
+    methods = {permission.method: permission.role for permission in PERMITTED if permission.path == path}
+    assert {role for method, role in methods.items() if method in ("DELETE", "POST")} == {"admin"}
+
+
+@pytest.fixture
+def server(home: Path, monkeypatch: pytest.MonkeyPatch) -> FastAPI:
+    """The server's own app, as it is assembled, but for its routes: each says only that it was reached."""
+
+    async def reached(route: Any, scope: Scope, receive: Receive, send: Send) -> None:
+        await PlainTextResponse(f"reached {route.path}")(scope, receive, send)
+
+    for kind in (APIRoute, Route, Mount):
+        monkeypatch.setattr(kind, "handle", reached)
+    monkeypatch.setattr(asgi, "app_instance", lambda: SimpleNamespace(store=SimpleNamespace(home=home)))
+    return asgi.app
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, dict[str, str]]:
+    """A file with one user of each role, and a token of each."""
+    home = tmp_path_factory.mktemp("known")
+    file = user_file(home)
+    for role in reversed(ROLES):
+        file.add(role, PASSWORDS[role], role)
+    tokens = {role: file.create_token(role, "", 1) for role in ROLES}
+    return (home / "users.json").read_bytes(), tokens
+
+
+@pytest.mark.parametrize("role", ["nobody", *ROLES])
+@pytest.mark.parametrize(("method", "path"), ROUTES)
+def test_of_the_assembled_server_everybody_reaches_what_the_role_may_and_nothing_else(
+    server: FastAPI, home: Path, known: tuple[bytes, dict[str, str]], method: str, path: str, role: str
+) -> None:
+    (home / "users.json").write_bytes(known[0])
+    headers = {"Authorization": f"Bearer {known[1][role]}"} if role in ROLES else {}
+    somebody = client(server, ("10.1.2.3", 50000), base_url="http://mshub.clinic", headers=headers)
+    answer = somebody.request(method, example(SAME.get(path, path)))
+    needs = needed(method, path)
+    if (method, path) in CLOSED:
         assert answer.status_code == 404
         assert "nothing this server offers" in answer.json()["detail"]
+    elif needs == PUBLIC or (role in ROLES and ROLES.index(role) >= ROLES.index(str(needs))):
+        assert answer.status_code == 200
+        assert answer.text.removeprefix("reached ") in (path, SAME.get(path), "/proxy/dicom/{path:path}")
+    else:
+        assert answer.status_code == (403 if role in ROLES else 401)
 
 
-@pytest.mark.parametrize("permission", PERMITTED, ids=lambda one: f"{one.method} {one.path}")
-def test_every_route_is_open_to_its_roles_and_to_no_other(
-    api: FastAPI, users: UserFile, home: Path, permission: Any
+def test_a_refused_stranger_is_told_how_to_get_in_and_is_in_the_audit_log(
+    api: FastAPI, users: UserFile, home: Path
 ) -> None:
-    if permission.path in ("/login", "/logout", "/auth/token", "/auth/", "/auth/token/valid"):
-        pytest.skip("answers by itself; see below")
-    address = example(permission.path)
-    answers = {role: logged_in(api, role).request(permission.method, address).status_code for role in ROLES}
-    stranger = client(api, ("10.1.2.3", 1), base_url="http://mshub.clinic").request(permission.method, address)
-    if permission.role == PUBLIC:
-        assert {*answers.values(), stranger.status_code} == {200}
-        return
-    allowed = ROLES[ROLES.index(permission.role) :]
-    assert answers == {role: 200 if role in allowed else 403 for role in ROLES}
-    assert stranger.status_code == 401
-    assert stranger.headers["www-authenticate"] == "Bearer"
-    assert {line["status"] for line in lines(home) if line["user"] is None} == {401}
+    answer = client(api, ("10.1.2.3", 1), base_url="http://mshub.clinic").get("/info/")
+    assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
+    (line,) = lines(home)
+    assert (line["user"], line["from"], line["action"], line["status"]) == (None, "10.1.2.3", "GET /info/", 401)
 
 
 @pytest.mark.parametrize(
@@ -166,8 +216,8 @@ def test_every_route_is_open_to_its_roles_and_to_no_other(
     ["/elsewhere", "/infer", "/infer/a/b", "/datastore/image/../../x", "//infer/x", "/INFO/", "info/", "/info/\n"],
 )
 def test_what_nobody_thought_of_is_closed(path: str) -> None:
-    assert permission_for("GET", path) is None
-    assert permission_for("PATCH", "/info/") is None
+    assert permission_for("GET", path) == (None, {})
+    assert permission_for("PATCH", "/info/") == (None, {})
 
 
 # -- without users ----------------------------------------------------------------------------------------------------
@@ -194,6 +244,12 @@ def test_a_name_that_leads_to_this_machine_is_not_this_machine(api: FastAPI) -> 
     """A page may have a name of its own resolved to 127.0.0.1, and read what it likes."""
     answer = client(api, base_url="http://rebound.example:8000").get("/datastore/image?image=a")
     assert answer.status_code == 403
+
+
+def test_a_page_without_an_origin_is_not_the_page_of_a_host_without_a_name(api: FastAPI) -> None:
+    guard = Access(api, Path, lambda scope: False)
+    scope = {"type": "http", "method": "POST", "headers": [(b"host", b""), (b"origin", b"null")]}
+    assert guard._from_elsewhere(Request(scope), must_say=True) is not None
 
 
 @pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1:9999", "https://127.0.0.1:8000x"])
@@ -283,6 +339,48 @@ def test_guessing_has_to_wait_and_others_do_not(api: FastAPI, users: UserFile) -
     assert client(api, ("127.0.0.2", 1)).post("/auth/token", data=right).status_code == 200
 
 
+def test_neighbours_of_ipv6_wait_together(api: FastAPI, users: UserFile) -> None:
+    statuses = [
+        client(api, (f"2001:db8:1:2::{number:x}", 1))
+        .post("/auth/token", data={"username": "viewer", "password": "x"})
+        .status_code
+        for number in range(FREE + 1)
+    ]
+    assert statuses == [401] * FREE + [429]
+    right = {"username": "viewer", "password": PASSWORDS["viewer"]}
+    assert client(api, ("2001:db8:1:3::1", 1)).post("/auth/token", data=right).status_code == 200
+
+
+def test_who_tries_many_names_has_to_wait_too(api: FastAPI, users: UserFile, home: Path) -> None:
+    somebody = client(api)
+    right = {"username": "viewer", "password": PASSWORDS["viewer"]}
+    for _ in range(3):
+        assert somebody.post("/auth/token", data=right).status_code == 200  # counts as nothing
+    statuses = [
+        somebody.post("/auth/token", data={"username": f"name{number}", "password": "x"}).status_code
+        for number in range(51)
+    ]
+    assert statuses == [401] * 50 + [429]
+    assert client(api, ("127.0.0.2", 1)).post("/auth/token", data=right).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/login", "/auth/token", "/logout"])
+@pytest.mark.parametrize("kind", ["file", "form", "unannounced"])
+def test_strangers_upload_nothing(api: FastAPI, users: UserFile, path: str, kind: str) -> None:
+    if path == "/logout" and kind != "file":
+        pytest.skip("reads no form")
+    large = b"x" * (FORM_BYTES + 1)
+    sent: dict[str, Any] = {
+        "file": {"files": {"username": ("a.bin", large)}},
+        "form": {"data": {"username": large.decode()}},
+        "unannounced": {
+            "content": iter([b"username=", large]),
+            "headers": {"Content-Type": "application/x-www-form-urlencoded"},
+        },
+    }[kind]
+    assert client(api).post(path, **sent).status_code in ((413,) if path != "/logout" else (413, 303))
+
+
 def test_scripts_have_tokens_of_their_own(api: FastAPI, users: UserFile) -> None:
     token = users.create_token("admin", "export", 1, "viewer")
     script = client(api, ("10.9.9.9", 1), headers={"Authorization": f"Bearer {token}"})
@@ -300,6 +398,15 @@ def test_a_damaged_file_of_users_closes_the_server(api: FastAPI, users: UserFile
     assert answer.status_code == 500
     assert "damaged" in answer.json()["detail"]
     assert client(api).get("/info/").status_code == 500
+
+
+def test_a_file_of_users_that_goes_away_closes_the_server(api: FastAPI, users: UserFile, home: Path) -> None:
+    slicer = logged_in(api, "admin")
+    (home / "users.json").rename(home / "elsewhere")
+    assert slicer.get("/info/").status_code == 500
+    assert "is gone" in client(api).post("/train/").json()["detail"]
+    (home / "elsewhere").rename(home / "users.json")
+    assert slicer.get("/info/").status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -354,3 +461,59 @@ def test_another_server_has_another_key(tmp_path: Path) -> None:
     logs = [audit.AuditLog(tmp_path / name) for name in ("one", "other")]
     assert len({log.hashed("case") for log in logs}) == 2
     assert audit.AuditLog(tmp_path / "one").hashed("case") == logs[0].hashed("case")
+
+
+@pytest.mark.parametrize(("method", "query"), [("DELETE", "image?id="), ("GET", "label?tag=final&label=")])
+def test_the_image_is_told_however_the_route_calls_it(
+    api: FastAPI, users: UserFile, home: Path, method: str, query: str
+) -> None:
+    logged_in(api, "admin").request(method, f"/datastore/{query}mueller_hans_1950")
+    assert lines(home)[-1]["image"] == audit.AuditLog(home).hashed("mueller_hans_1950")
+    assert "mueller" not in (home / "logs" / "audit.jsonl").read_text()
+
+
+def test_who_knocks_again_and_again_is_one_line(api: FastAPI, users: UserFile, home: Path) -> None:
+    for number in range(10):
+        client(api).get(f"/datastore/image?image={number}")
+        client(api).request("BREW", f"/{number}")
+    client(api, ("127.0.0.2", 1)).get("/datastore/image?image=a")
+    found = [(line["from"], line["action"], line["status"]) for line in lines(home)]
+    assert found == [
+        ("127.0.0.1", "GET /datastore/image", 401),
+        ("127.0.0.1", "(other) (none)", 404),
+        ("127.0.0.2", "GET /datastore/image", 401),
+    ]
+
+
+def test_every_file_of_the_audit_log_is_its_owners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit, "FILE_BYTES", 200)
+    log = audit.AuditLog(tmp_path)
+    for _ in range(10):
+        log.write(action="GET /", note="x" * 100)
+    files = list((tmp_path / "logs").iterdir())
+    assert len(files) > 2
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
+
+
+def test_a_line_that_cannot_be_written_is_told_in_the_servers_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = audit.AuditLog(tmp_path)
+    log._handler.stream.close()
+    log.write(action="GET /")
+    assert "the audit log cannot be written" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["", "xyz", "abcd"])
+def test_a_damaged_key_makes_no_hashes_that_can_be_guessed(tmp_path: Path, text: str) -> None:
+    (tmp_path / "audit.key").write_text(text)
+    with pytest.raises(ConfigError, match="damaged"):
+        audit.AuditLog(tmp_path)
+
+
+def test_metrics_name_no_methods_and_routes_that_strangers_make_up(home: Path, users: UserFile) -> None:
+    told: list[tuple[Any, ...]] = []
+    api = FastAPI(middleware=[Middleware(Access, lambda: home, lambda scope: False, (), lambda *all: told.append(all))])
+    client(api).request("BREW", "/pot")
+    client(api).get("/info/")
+    assert [one[:3] for one in told] == [("(other)", "(none)", 404), ("GET", "/info/", 401)]

@@ -331,7 +331,7 @@ def test_a_failing_network_is_a_4xx_and_counted(
     status, text = refusal(infer)
     assert status == 422
     assert "a kernel failed" in text
-    assert activity.as_dict() == {"running": [], "finished": 0, "failed": 1}
+    assert activity.as_dict() == {"running": [], "finished": 0, "failed": 1, "refused": 0}
 
 
 def test_a_running_prediction_can_be_watched(
@@ -354,7 +354,7 @@ def test_a_running_prediction_can_be_watched(
     assert {(run["model"], run["image"]) for run in seen} == {("tiny", "case")}
     assert [run["tiles_done"] for run in seen] == list(range(1, seen[0]["tiles_total"] + 1))
     assert seen[-1]["seconds_left"] == 0
-    assert activity.as_dict() == {"running": [], "finished": 1, "failed": 0}
+    assert activity.as_dict() == {"running": [], "finished": 1, "failed": 0, "refused": 0}
 
 
 # -- versions -----------------------------------------------------------------------------------------------------

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 from pathlib import Path
 
 import pytest
 
-from lib.janitor import Janitor, remove_abandoned, trim
+from lib.infers import results_folder
+from lib.janitor import TEMPORARY, Janitor, keep, remove_abandoned, trim
 from lib.sessions import UNFINISHED_S, UploadSessions
 
 DAY = 24 * 3600.0
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def aged(path: Path, days: float, nbytes: int = 100) -> Path:
@@ -38,16 +41,28 @@ def test_what_was_changed_today_stays_however_large(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_server_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
-    old, busy = aged(tmp_path / "mshub-results-1" / "label.nii.gz", 3), aged(tmp_path / "mshub-2" / "old", 3)
-    aged(tmp_path / "mshub-2" / "new", 0)
-    theirs = aged(tmp_path / "somebody" / "old", 9)
-    for folder in (old.parent, busy.parent, theirs.parent):
-        os.utime(folder, (time.time() - 3 * DAY,) * 2)
-    (tmp_path / "mshub-link").symlink_to(theirs.parent)
-    assert remove_abandoned(tmp_path) == "1 temporary files"
+    old = aged(tmp_path / "mshub-results-abcd_123" / "label.nii.gz", 3)
+    export = aged(tmp_path / "mshub-export-abcdefgh.dcm", 3)
+    busy = aged(tmp_path / "mshub-reading-abcdefgh" / "old", 3)
+    aged(busy.with_name("new"), 0)
+    theirs = [aged(tmp_path / name / "old", 9) for name in ("somebody", "mshub-studies", "mshub-home-12345678")]
+    idle = aged(tmp_path / "mshub-results-12345678" / "label.nii.gz", 9)
+    for file in (old, busy, idle, *theirs):
+        os.utime(file.parent, (time.time() - 3 * DAY,) * 2)
+    (tmp_path / "mshub-results-linkedto").symlink_to(theirs[0].parent)
+    keep(idle.parent)
+    assert remove_abandoned(tmp_path) == "2 temporary files"
     assert not old.parent.exists()
-    assert busy.exists()
-    assert theirs.exists()
+    assert not export.exists()
+    assert all(file.exists() for file in (busy, idle, *theirs))
+
+
+def test_the_names_of_temporary_files_are_those_that_are_swept() -> None:
+    assert TEMPORARY.fullmatch(results_folder().name)
+    used = [path.read_text() for folder in ("apps/mshub/lib", "src/mshub") for path in (ROOT / folder).rglob("*.py")]
+    prefixes = {prefix for text in used for prefix in re.findall(r'prefix="(mshub-[^"]*)"', text)}
+    assert prefixes
+    assert all(TEMPORARY.fullmatch(f"{prefix}abcdefgh") for prefix in prefixes)
 
 
 def test_one_task_that_fails_does_not_keep_the_others_from_theirs(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,5 +1,5 @@
 """InferTasks: one per installed model."""
 
-from lib.infers.nnunet import NNUNetInferTask
+from lib.infers.nnunet import NNUNetInferTask, results_folder
 
-__all__ = ["NNUNetInferTask"]
+__all__ = ["NNUNetInferTask", "results_folder"]

@@ -192,7 +192,7 @@ class _Output:
                 f"The label holds the value {int(array.max())}, more than {dtype} can carry. Ask for "
                 "result_dtype uint16, or for fewer structures with label_prompt."
             )
-        with tempfile.NamedTemporaryFile(dir=_results(), suffix=self.extension, delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=results_folder(), suffix=self.extension, delete=False) as file:
             path = Path(file.name)
         try:
             write_volume(path, array.astype(dtype, copy=False), labels.grid, compress=self.compress)
@@ -203,7 +203,7 @@ class _Output:
 
 
 @cache
-def _results() -> Path:
+def results_folder() -> Path:
     """Return this process's own folder for results.
 
     A client on the same machine saves the answer under the same file name in the system's temporary folder, and the

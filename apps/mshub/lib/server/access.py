@@ -15,15 +15,15 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
-from urllib.parse import parse_qs, quote, urlsplit
+from urllib.parse import quote, urlsplit
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lib import audit
-from lib.server.permissions import PUBLIC, Permission, permission_for
+from lib.server.permissions import PUBLIC, SAFE, Permission, permission_for
+from lib.server.trail import Trail
 from mshub.errors import MSHubError
 from mshub.logins import Logins
 from mshub.throttle import Throttle
@@ -37,9 +37,8 @@ USER = "mshub.user"
 LOCAL_USER = User("admin", "admin", datetime.fromtimestamp(0, timezone.utc))
 """Whoever uses a server without users: the person at this machine."""
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
-SAFE = ("GET", "HEAD", "OPTIONS")
-SAME_STUDY_S = 600.0
-"""A study that is read in hundreds of requests is one line of the audit log per person and so many seconds."""
+OTHER = ("(other)", "(none)")
+"""Method and route, as metrics name them, of what this server does not offer: strangers choose neither."""
 
 
 @dataclass
@@ -48,8 +47,11 @@ class Guards:
 
     users: UserFile
     logins: Logins
-    log: audit.AuditLog
-    throttle: Throttle = field(default_factory=Throttle)
+    trail: Trail
+    guesses: Throttle = field(default_factory=Throttle)
+    """Wrong passwords by name and address."""
+    strangers: Throttle = field(default_factory=lambda: Throttle(free=50, longest_s=10.0))
+    """Wrong passwords by address: a whole clinic can share one."""
 
     @classmethod
     def of(cls, home: Path) -> Guards:
@@ -57,7 +59,7 @@ class Guards:
         with _lock:
             if home not in _guards:
                 users = user_file(home)
-                _guards[home] = cls(users, Logins(home / "logins.json", users), audit.AuditLog(home))
+                _guards[home] = cls(users, Logins(home / "logins.json", users), Trail(audit.AuditLog(home)))
             return _guards[home]
 
 
@@ -91,7 +93,6 @@ class Access:
     ) -> None:
         self._app, self._find_home, self._is_program, self._observe = app, find_home, is_program, observe
         self._origins = {origin.rstrip("/") for origin in origins}
-        self._read_studies: dict[tuple[str, str], float] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a refused request, pass on any other."""
@@ -105,10 +106,10 @@ class Access:
     async def _answer(self, request: Request, receive: Receive, send: Send) -> None:
         guards = Guards.of(self._find_home())
         facts = audit.begin()
-        found = permission_for(request.method, request.scope["path"])
+        permission, parameters = permission_for(request.method, request.scope["path"])
         user: User | None = None
         try:
-            refusal, user = self._judged(request, found, guards)
+            refusal, user = self._judged(request, permission, guards)
         except MSHubError as error:  # the file of users is damaged
             logger.error("%s", error)
             refusal = _refused(500, str(error))
@@ -124,27 +125,24 @@ class Access:
         try:
             await (refusal or self._app)(request.scope, receive, note_status)
         finally:
-            seconds = time.perf_counter() - began
+            seconds = round(time.perf_counter() - began, 3)
             if self._observe is not None:
-                self._observe(request.method, found[0].path if found else "(none)", status, seconds)
-            if self._is_told(request, found, user, status, guards):
-                told = {**_told(request, found, user, guards), **facts}
-                guards.log.write(**told, status=status, seconds=round(seconds, 3))
+                self._observe(*(permission.method, permission.path) if permission else OTHER, status, seconds)
+            guards.trail.tell(request, permission, parameters, user, status, {**facts, "seconds": seconds})
 
     def _judged(
-        self, request: Request, found: tuple[Permission, dict[str, Any]] | None, guards: Guards
+        self, request: Request, permission: Permission | None, guards: Guards
     ) -> tuple[Response | None, User | None]:
         """Return the refusal, None if there is none, and who asked."""
-        if found is None:
+        if permission is None:
             if request.method in SAFE and self._is_program(request.scope):
                 return None, None
             return _refused(404, f"{request.method} {request.url.path[:200]} is nothing this server offers."), None
         if not guards.users:
             return self._judged_at_home(request), LOCAL_USER
-        permission, _ = found
         user, has_cookie = _user_of(request, guards)
         if permission.role == PUBLIC:
-            return (self._from_elsewhere(request, must_say=False) if request.method not in SAFE else None), user
+            return self._from_elsewhere(request, must_say=False), user
         if user is None:
             return _asked_to_log_in(request), None
         if not user.may(permission.role):
@@ -169,35 +167,12 @@ class Access:
         """Return the refusal of a request that changes something and that another site's page made a browser send."""
         if request.method in SAFE:
             return None
-        origin = request.headers.get("origin", "").rstrip("/")
+        origin, host = request.headers.get("origin", "").rstrip("/"), request.headers.get("host")
         if not origin and not must_say:
             return None  # no browser
-        if origin in self._origins or (origin and urlsplit(origin).netloc == request.headers.get("host")):
+        if origin in self._origins or (host and origin in (f"http://{host}", f"https://{host}")):
             return None
         return _refused(403, f"A page of {origin[:200] or 'an unnamed site'} may not ask this server for anything.")
-
-    def _is_told(
-        self,
-        request: Request,
-        found: tuple[Permission, dict[str, Any]] | None,
-        user: User | None,
-        status: int,
-        guards: Guards,
-    ) -> bool:
-        """Return whether the audit log gets a line."""
-        if status in (401, 403) or (found is None and status == 404):
-            return True
-        if found is None or not found[0].is_audited:
-            return False
-        study = _study(found[1].get("path", ""))
-        if request.method not in SAFE or not study or user is None:
-            return True
-        key, now = (user.name, guards.log.hashed(study)), time.monotonic()
-        if now - self._read_studies.get(key, -SAME_STUDY_S) < SAME_STUDY_S:
-            return False
-        self._read_studies = {other: at for other, at in self._read_studies.items() if now - at < SAME_STUDY_S}
-        self._read_studies[key] = now
-        return True
 
 
 def _user_of(request: Request, guards: Guards) -> tuple[User | None, bool]:
@@ -240,30 +215,3 @@ def _host_name(host: str) -> str:
         return urlsplit(f"//{host}").hostname or ""
     except ValueError:
         return ""
-
-
-def _study(path: str) -> str:
-    """Return the UID of the study that a path of DICOMweb reads from."""
-    parts = path.split("/")
-    return parts[parts.index("studies") + 1] if "studies" in parts[:-1] else ""
-
-
-def _told(
-    request: Request, found: tuple[Permission, dict[str, Any]] | None, user: User | None, guards: Guards
-) -> dict[str, Any]:
-    """Return what the audit log may know of a request: the route, not the address, which can name a patient."""
-    told: dict[str, Any] = {
-        "user": user.name if user else None,
-        "role": user.role if user else None,
-        "from": request.client.host if request.client else None,
-        "action": f"{request.method} {found[0].path if found else '(none)'}",
-    }
-    parameters = found[1] if found else {}
-    query = {name: values[0] for name, values in parse_qs(request.url.query).items()}
-    image = parameters.get("image") or query.get("image")
-    if image:
-        told["image"] = guards.log.hashed(image)
-    if study := _study(parameters.get("path", "")):
-        told["study"] = guards.log.hashed(study)
-    known = {name: parameters[name] for name in ("model", "strategy", "batch") if name in parameters}
-    return told | known | ({"tag": query["tag"]} if "tag" in query else {})

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import BackgroundTasks, Body, Depends, File, Form, HTTPException, Request, UploadFile
+from fastapi.exception_handlers import http_exception_handler
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from fastapi.routing import APIRoute
 from monailabel.config import settings
-from monailabel.endpoints import datastore, session
+from monailabel.endpoints import batch_infer, datastore, ohif, scoring, session
+from monailabel.endpoints import logs as logs_of_monailabel
 from monailabel.endpoints.infer import ResultType, run_inference
 from monailabel.endpoints.user.auth import RBAC, User, get_current_user
 from monailabel.interfaces.datastore import DefaultLabelTag
@@ -23,10 +25,11 @@ from starlette.middleware import Middleware
 from starlette.routing import Match
 from starlette.types import Scope
 
-from lib.faults import check_name
+from lib.faults import check_name, http_error
 from lib.server.access import USER, Access
 from lib.server.disconnects import Disconnects
 from lib.server.health import Health
+from lib.server.in_threads import in_threads
 from lib.server.login import Login
 from lib.server.proxy import pass_on
 from lib.server.viewer import BuildFiles, add_viewer
@@ -185,6 +188,22 @@ def image_info(user: AnyUser, image: str) -> Any:
     return datastore.get_image_info(image)
 
 
+def add_image(
+    background_tasks: BackgroundTasks,
+    user: Annotator,
+    file: Annotated[UploadFile, File()],
+    image: str | None = None,
+    params: Annotated[str, Form()] = "{}",
+) -> Any:
+    """Keep an image; a plain function, as it is looked at and copied."""
+    try:
+        options = json.dumps(_json_object(params, "params"))
+        return datastore.add_image(background_tasks, image, options, file, user.username)
+    except BaseException:
+        _clean_up(background_tasks)
+        raise
+
+
 def save_label(
     background_tasks: BackgroundTasks,
     user: Annotator,
@@ -314,9 +333,8 @@ def _answer(status_code: int, detail: str) -> JSONResponse:
     return JSONResponse({"detail": detail}, status_code=status_code)
 
 
-async def _on_our_error(request: Request, error: Exception) -> JSONResponse:
-    status_code = error.http_status if isinstance(error, MSHubError) else 500
-    return _answer(status_code, str(error))
+async def _on_our_error(request: Request, error: MSHubError) -> Response:
+    return await http_exception_handler(request, http_error(error))
 
 
 async def _on_bad_json(request: Request, error: Exception) -> JSONResponse:
@@ -347,6 +365,8 @@ ROUTES = (
     ("GET", "/datastore/image", download_image, "Datastore"),
     ("HEAD", "/datastore/image", check_image, "Datastore"),
     ("GET", "/datastore/image/info", image_info, "Datastore"),
+    ("PUT", "/datastore/", add_image, "Datastore"),
+    ("PUT", "/datastore/image", add_image, "Datastore"),
     ("PUT", "/datastore/label", save_label, "Datastore"),
     ("POST", "/activelearning/{strategy}", next_sample, "ActiveLearning"),
     ("PUT", "/session/", create_session, "Session"),
@@ -364,6 +384,8 @@ ROUTES = (
     ("GET", "/proxy/dicom/{path:path}", proxy, "PACS"),
     ("POST", "/proxy/dicom/{path:path}", proxy, "PACS"),
 )
+UPSTREAM = [module.router for module in (batch_infer, datastore, logs_of_monailabel, ohif, scoring, session)]
+"""What is left to MONAI Label."""
 
 
 def _home() -> Path:
@@ -385,7 +407,7 @@ def _is_program(scope: Scope) -> bool:
 def _extend(api: Any) -> None:
     routes = [APIRoute(path, answer, methods=[method], tags=[tag]) for method, path, answer, tag in ROUTES]
     health = Health(_home, status)
-    api.router.routes[:0] = [*routes, *Login(_home).routes(), *health.routes()]
+    api.router.routes[:0] = [*routes, *Login(_home).routes(), *health.routes(), *in_threads(UPSTREAM)]
     add_viewer(api, _home)
     api.dependency_overrides[get_current_user] = _current_user
     origins = [str(origin) for origin in settings.MONAI_LABEL_CORS_ORIGINS]

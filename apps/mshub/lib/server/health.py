@@ -94,8 +94,8 @@ class Health:
         answers = [("/health/live", self.live), ("/health/ready", self.ready), ("/metrics", self.metrics)]
         return [APIRoute(path, answer, methods=["GET"], tags=["Health"]) for path, answer in answers]
 
-    def live(self) -> dict[str, str]:
-        """Say that the process answers."""
+    async def live(self) -> dict[str, str]:
+        """Say that the process answers; it does not wait for a thread, as all may be busy."""
         return {"status": "alive"}
 
     def ready(self) -> JSONResponse:

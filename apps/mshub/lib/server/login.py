@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from html import escape
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
@@ -18,8 +19,14 @@ from lib.server.access import COOKIE, LOCAL_USER, USER, Guards
 from mshub.logins import HOURS
 from mshub.users import User
 
-NO_STORE = {"Cache-Control": "no-store", "X-Frame-Options": "DENY", "Content-Security-Policy": "frame-ancestors 'none'"}
+NO_STORE = {
+    "Cache-Control": "no-store",
+    "X-Frame-Options": "DENY",
+    "Content-Security-Policy": "default-src 'none'; img-src 'self'; style-src 'unsafe-inline'; frame-ancestors 'none'",
+}
 START = "/viewer/"
+FORM_BYTES = 64 * 2**10
+"""Strangers may send these routes no more: uploads are kept on the disk before anybody looks at them."""
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -75,7 +82,10 @@ class Login:
             ("POST", "/login", self.log_in),
             ("POST", "/logout", self.log_out),
         ]
-        return [APIRoute(path, answer, methods=[method], tags=["Access"]) for method, path, answer in answers]
+        return [
+            APIRoute(path, answer, methods=[method], tags=["Access"], max_body_size=FORM_BYTES)
+            for method, path, answer in answers
+        ]
 
     def enabled(self) -> dict[str, Any]:
         """Say whether one has to log in; 3D Slicer asks first."""
@@ -135,19 +145,30 @@ class Login:
 
     def _opened(self, request: Request, name: str, password: str) -> str:
         """Return the token of a new login; whoever guesses has to wait longer and longer."""
-        guards, key = self._guards(), f"{name[:64]}@{request.client.host if request.client else ''}"
-        if (wait := guards.throttle.wait_s(key)) > 0:
+        guards, address = self._guards(), _network(request)
+        key = f"{name[:64]}@{address}"
+        if (wait := guards.strangers.attempt(address) or guards.guesses.attempt(key)) > 0:
             seconds = math.ceil(wait)
             raise HTTPException(
                 429, f"Too many wrong passwords; try again in {seconds} s.", headers={"Retry-After": str(seconds)}
             )
         user = guards.users.with_password(name, password)
         if user is None:
-            guards.throttle.failed(key)
             raise HTTPException(401, "The user name or the password is wrong.")
-        guards.throttle.succeeded(key)
+        guards.guesses.succeeded(key)
+        guards.strangers.take_back(address)
         audit.note(user=user.name, role=user.role)
         return guards.logins.open(user)
+
+
+def _network(request: Request) -> str:
+    """Return where a request comes from; of IPv6 the network, as everybody there has addresses without number."""
+    host = request.client.host if request.client else ""
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return host
+    return str(ip_network((address, 64), strict=False)) if address.version == 6 else host
 
 
 def _within(address: str) -> str:

@@ -13,7 +13,8 @@ from starlette.routing import compile_path
 
 PUBLIC = "public"
 """Asked for by those who have not logged in yet."""
-VIEWER, ANNOTATOR, ADMIN = "viewer", "annotator", "admin"
+SAFE = ("GET", "HEAD", "OPTIONS")
+"""Methods that change nothing."""
 
 _PERMITTED = """
 GET    public    /login                               quiet
@@ -119,8 +120,8 @@ PERMITTED = tuple(_read(_PERMITTED))
 _PATTERNS = tuple((permission, compile_path(permission.path)[0]) for permission in PERMITTED)
 
 
-def permission_for(method: str, path: str) -> tuple[Permission, dict[str, Any]] | None:
-    """Return what a request needs, and the parameters in its path; None for one that is not permitted at all.
+def permission_for(method: str, path: str) -> tuple[Permission | None, dict[str, Any]]:
+    """Return what a request needs, None if it is not permitted at all, and the parameters in its path.
 
     A missing slash at the end, which the server answers with where to go, is forgiven.
     """
@@ -128,4 +129,4 @@ def permission_for(method: str, path: str) -> tuple[Permission, dict[str, Any]] 
     for permission, pattern in _PATTERNS:
         if permission.method == wanted and (found := pattern.fullmatch(path) or pattern.fullmatch(f"{path}/")):
             return permission, found.groupdict()
-    return None
+    return None, {}

@@ -1,0 +1,92 @@
+"""Which requests the audit log tells of, and what: the route and not the address, which can name a patient."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+from urllib.parse import parse_qs
+
+from starlette.requests import Request
+
+from lib.audit import AuditLog
+from lib.server.permissions import SAFE, Permission
+from mshub.users import User
+
+SAME_STUDY_S = 600.0
+"""A study that is read in hundreds of requests is one line per person and so many seconds."""
+SAME_STRANGER_S = 60.0
+"""And one line is told of whoever knocks again and again, who could otherwise make the log forget what was before."""
+IMAGE_NAMES = ("image", "id", "label")
+"""Parameters of MONAI Label's routes that name an image."""
+LONGEST = 64
+
+
+class Trail:
+    """The lines of one server's audit log.
+
+    Parameters
+    ----------
+    log : AuditLog
+    """
+
+    def __init__(self, log: AuditLog) -> None:
+        self._log = log
+        self._told: dict[tuple[str, ...], float] = {}
+
+    def tell(
+        self,
+        request: Request,
+        permission: Permission | None,
+        parameters: dict[str, Any],
+        user: User | None,
+        status: int,
+        facts: dict[str, Any],
+    ) -> None:
+        """Write the line of an answered request, if it gets one.
+
+        Parameters
+        ----------
+        request, status
+            What was asked, and how it was answered.
+        permission, parameters
+            What it needed, and what its path says.
+        user : User, optional
+            None for a stranger.
+        facts : dict
+            What else is known.
+        """
+        action = f"{request.method if permission else '(other)'} {permission.path if permission else '(none)'}"
+        address, study = request.client.host if request.client else "", _study(parameters.get("path", ""))
+        is_refused = status in (401, 403, 429) or (permission is None and status >= 400)
+        if not is_refused and not (permission and permission.is_audited):
+            return
+        if user is None and is_refused and self._is_known(SAME_STRANGER_S, address, action, str(status)):
+            return
+        if user and study and request.method in SAFE and self._is_known(SAME_STUDY_S, user.name, study, str(status)):
+            return
+        who = {"user": user.name if user else None, "role": user.role if user else None, "from": address or None}
+        what = self._what(parameters, {name: values[0] for name, values in parse_qs(request.url.query).items()})
+        studied = {"study": self._log.hashed(study)} if study else {}
+        self._log.write(**{**who, "action": action, **what, **studied, **facts}, status=status)
+
+    def _what(self, parameters: dict[str, Any], query: dict[str, str]) -> dict[str, str]:
+        """Return the image, as a hash, and what is nobody's name: models, strategies, batches, tags."""
+        named = [parameters.get("image"), *(query.get(name) for name in IMAGE_NAMES)]
+        image = next((name for name in named if name), None)
+        told = {name: parameters.get(name) for name in ("model", "strategy", "batch")} | {"tag": query.get("tag")}
+        hashed = {"image": self._log.hashed(image)} if image else {}
+        return hashed | {name: str(value)[:LONGEST] for name, value in told.items() if value}
+
+    def _is_known(self, seconds: float, *key: str) -> bool:
+        """Return whether the same was told so short a time ago; if not, it counts as told now."""
+        now = time.monotonic()
+        if self._told.get(key, 0.0) > now:
+            return True
+        self._told = {other: until for other, until in self._told.items() if until > now} | {key: now + seconds}
+        return False
+
+
+def _study(path: str) -> str:
+    """Return the UID of the study that a path of DICOMweb reads from."""
+    parts = path.split("/")
+    return parts[parts.index("studies") + 1] if "studies" in parts[:-1] else ""
