@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -36,6 +37,8 @@ class LiveServer:
         How to start it; ``--port`` is added.
     probe : str
         Path that answers when it is up.
+    certificate : Path, optional
+        Of a server that speaks HTTPS, to trust it.
     """
 
     def __init__(
@@ -45,9 +48,11 @@ class LiveServer:
         folder: Path,
         command: Sequence[str] = (sys.executable, "-m", "mshub", "serve"),
         probe: str = "/mshub/status",
+        certificate: Path | None = None,
     ) -> None:
         self.port = _free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"{'https' if certificate else 'http'}://127.0.0.1:{self.port}"
+        self.trust: ssl.SSLContext | bool = ssl.create_default_context(cafile=certificate) if certificate else True
         self.log = folder / "server.log"
         environment = {**os.environ, "MSHUB_HOME": str(home)}
         with self.log.open("w") as log:
@@ -66,7 +71,7 @@ class LiveServer:
             if self._process.poll() is not None:
                 raise RuntimeError(f"the server ended with {self._process.returncode}:\n{self.log.read_text()[-4000:]}")
             try:
-                httpx.get(f"{self.url}{probe}", timeout=5).raise_for_status()
+                httpx.get(f"{self.url}{probe}", timeout=5, verify=self.trust).raise_for_status()
             except httpx.HTTPError:
                 time.sleep(0.3)
             else:

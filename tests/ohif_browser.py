@@ -80,7 +80,8 @@ class OhifBrowser:
     def __enter__(self) -> OhifBrowser:
         self._playwright = sync_playwright().start()
         self._browser = self._playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
-        self.page: Page = self._browser.new_page(viewport=WINDOW)  # type: ignore[arg-type]
+        context = self._browser.new_context(viewport=WINDOW)  # type: ignore[arg-type]
+        self.page: Page = context.new_page()
         self.page.set_default_timeout(TIMEOUT_MS)
         self.page.on("pageerror", lambda error: self.problems.append(str(error)))
         self.page.on("console", self._note_console)

@@ -519,6 +519,7 @@ def serve(
     conf: Annotated[list[str] | None, typer.Option(help="KEY=VALUE option of the app; repeatable.")] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="Certificate (chain) in PEM: the server speaks HTTPS.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="The certificate's key in PEM.")] = None,
+    log_format: Annotated[str, typer.Option(help="Lines of the log: text, or json for programs.")] = "text",
 ) -> None:
     """Start the MONAI Label server with all installed models."""
     from mshub.serve import check_exposure, run_server, server_command, server_environment, write_log_config
@@ -530,7 +531,7 @@ def serve(
     tls = _tls_files(tls_cert, tls_key)
     folder = _prepare_samples(store) if sample else _studies(str(studies))
     options = _pairs("--conf", conf or [], "device=cpu")
-    command = server_command(folder, host, port, options, write_log_config(store.home), tls)
+    command = server_command(folder, host, port, options, write_log_config(store.home, log_format), tls)
     _announce(store, folder, host, port, "https" if tls else "http")
     raise typer.Exit(run_server(command, server_environment(store.home)))
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mshub.bundled import app_folder
 from mshub.errors import AccessError, ConfigError
+from mshub.log_lines import FORMATS
 from mshub.store import writable_folder
 from mshub.users import user_file
 
@@ -72,20 +73,31 @@ def server_command(
     ]
 
 
-def write_log_config(home: Path) -> Path:
+def write_log_config(home: Path, log_format: str = "text") -> Path:
     """Write the server's logging configuration and return its path.
 
     What MSHub and the web server do goes to the screen and, with times, to ``logs/server.log`` under `home`; of MONAI
     Label, which logs every request with its parameters, only warnings do.
+
+    Raises
+    ------
+    ConfigError
+        `log_format` is none of `FORMATS`.
     """
+    if log_format not in FORMATS:
+        raise ConfigError(f"The format {log_format!r} of the log is unknown; expected {' or '.join(FORMATS)}.")
+    lines = f"mshub.log_lines.{'JsonLines' if log_format == 'json' else 'TextLines'}"
     folder = writable_folder(home / "logs")
     both = {"handlers": ["screen", "file"], "propagate": False}
     config = {
         "version": 1,
         "disable_existing_loggers": False,
         "formatters": {
-            "short": {"format": "%(asctime)s %(levelname)-7s %(message)s", "datefmt": "%H:%M:%S"},
-            "long": {"format": "%(asctime)s %(levelname)-7s %(process)d %(threadName)s %(name)s: %(message)s"},
+            "short": {"class": lines, "format": "%(asctime)s %(levelname)-7s %(message)s", "datefmt": "%H:%M:%S"},
+            "long": {
+                "class": lines,
+                "format": "%(asctime)s %(levelname)-7s %(process)d %(threadName)s %(name)s: %(message)s",
+            },
         },
         "handlers": {
             "screen": {"class": "logging.StreamHandler", "formatter": "short"},

@@ -19,18 +19,17 @@ from dicomweb_client import DICOMwebClient
 from dicom_series_factory import AXES, SeriesMaker, oblique
 from factories import make_model_folder
 from hospital import Hospital, predicted, voxels
-from lib.server.viewer import OHIF_VERSION, viewer_folder
+from lib.server.viewer import OHIF_VERSION
 from live import LiveServer
 from mshub.dicom_derived import Algorithm, Facts
 from mshub.dicom_seg import read_seg, write_seg
 from mshub.dicom_series import read_stack
 from mshub.install import add_model
-from mshub.store import ModelStore, default_home
-from ohif_browser import CHROMIUM, LONG_MS, OhifBrowser
+from mshub.store import ModelStore
+from ohif_browser import LONG_MS, OhifBrowser
 from orthanc import Orthanc
 
 SHOTS = Path(os.environ["E2E_SCREENSHOTS"]) if os.environ.get("E2E_SCREENSHOTS") else None
-REQUIRED = os.environ.get("E2E_TOOLS") == "required"
 ORIENTATIONS = {**AXES, "oblique": oblique(), "oblique, other way": oblique(-25, 160, -70)}
 MIDDLE, LEFT = (0.5, 0.5), (0.42, 0.5)
 SHORT_TRAINING = {"epochs": 3, "iterations": 3, "device": "cpu"}
@@ -59,20 +58,6 @@ class Clinic(Hospital):
         seg = client.retrieve_instance(study, stored["SeriesInstanceUID"], stored["SOPInstanceUID"])
         labels = read_seg(seg, stack)
         return labels.array_xyz, labels.names
-
-
-@pytest.fixture(scope="module")
-def viewer() -> Path:
-    """OHIF's build; skipped where it or a browser is not installed."""
-    folder = viewer_folder(default_home())
-    missing = [
-        *([] if folder else [f"OHIF {OHIF_VERSION} (make viewer)"]),
-        *([] if Path(CHROMIUM).exists() else ["Chromium (make pacs-tools)"]),
-    ]
-    if folder is None or missing:
-        reason = f"not installed: {', '.join(missing)}"
-        pytest.fail(reason) if REQUIRED else pytest.skip(reason)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ LIBRARY_LAYERS = (
     *("errors", "atomic_file", "label_rules", "dataset_json", "labels", "card_tables", "structures"),
     *("model_card", "card_draft"),
     *("catalogue", "checksums", "sources", "model_layouts", "archive", "downloads", "http_file", "drive"),
-    *("fetch", "store", "users", "logins", "throttle"),
+    *("fetch", "store", "users", "logins", "throttle", "log_lines"),
     *("image_limits", "geometry", "image_file", "nifti", "itk_files", "dicom_series", "volume_io"),
     *("mr_sequences", "channel_series", "dicom_derived", "seg_frames", "dicom_seg", "contours", "dicom_rtstruct"),
     *("label_export", "corrections"),

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,45 @@ def test_the_log_keeps_what_mshub_does_and_of_others_only_warnings(tmp_path: Pat
     done = subprocess.run([sys.executable, "-c", script, json.dumps(configuration)], capture_output=True, text=True)
     assert [line[9:] for line in done.stderr.splitlines()] == ["INFO    ours", "WARNING theirs"]
     assert "lib.app: ours" in (tmp_path / "logs" / "server.log").read_text()
+
+
+def logged(home: Path, log_format: str, script: str) -> list[str]:
+    """Return the lines of the log of a process of its own that runs `script`."""
+    configuration = write_log_config(home, log_format).read_text()
+    start = f"import json, logging.config, sys\nlogging.config.dictConfig(json.loads(sys.argv[1]))\n{script}"
+    subprocess.run([sys.executable, "-c", start, configuration], check=True, capture_output=True)
+    return (home / "logs" / "server.log").read_text().splitlines()
+
+
+FAILING = r"""
+from mshub.log_lines import hide_with
+hide_with(lambda text: text.replace("mueller", "XXX"))
+try:
+    open("/no/mueller.nii.gz")
+except OSError:
+    logging.getLogger("lib.app").exception("no %s\nhere", "mueller")
+"""
+
+
+def test_the_log_can_be_json_a_line_per_record(tmp_path: Path) -> None:
+    (line,) = logged(tmp_path, "json", FAILING)
+    record = json.loads(line)
+    assert (record["level"], record["logger"], record["message"]) == ("ERROR", "lib.app", "no XXX\nhere")
+    assert datetime.fromisoformat(record["time"]).tzinfo is not None
+    assert "FileNotFoundError" in record["trace"]
+    assert "mueller" not in line
+
+
+def test_what_is_hidden_is_hidden_in_traces_too(tmp_path: Path) -> None:
+    text = "\n".join(logged(tmp_path, "text", FAILING))
+    assert "no XXX" in text
+    assert "/no/XXX.nii.gz" in text
+    assert "mueller" not in text
+
+
+def test_an_unknown_format_of_the_log_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"xml.*text or json"):
+        write_log_config(tmp_path, "xml")
 
 
 def test_everything_the_server_writes_lies_under_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,17 +115,16 @@ class Activity:
                 )
             run = Run(next(self._numbers), model, image, client)
             self._runs[run.number] = run
+        is_finished = False
         try:
             yield run
-        except BaseException:
-            self.failed += 1
-            raise
-        else:
-            self.finished += 1
+            is_finished = True
         finally:
             with self._lock:
                 self._needed = time.monotonic()
                 del self._runs[run.number]
+                self.finished += is_finished
+                self.failed += not is_finished
 
     def _retry_after_s(self) -> float:
         """Return when the first of the running predictions should be over."""

@@ -23,6 +23,7 @@ from monailabel.interfaces.tasks.scoring import ScoringMethod
 from monailabel.interfaces.tasks.strategy import Strategy
 
 import mshub
+from lib import audit
 from lib.activelearning import ActiveLearning
 from lib.activity import Activity
 from lib.conf import Config
@@ -40,6 +41,7 @@ from lib.warm_up import WarmUp
 from mshub.errors import MSHubError
 from mshub.jobs import Jobs
 from mshub.label_export import FORMATS
+from mshub.log_lines import hide_with
 from mshub.nnunet.devices import available_devices, candidate_devices
 from mshub.nnunet.image_cache import ImageCache
 from mshub.nnunet.network_cache import NetworkCache
@@ -184,6 +186,7 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         if settings.MONAI_LABEL_TASKS_TRAIN:
             self._resume_trainings()
         logging.getLogger("timeloop").disabled = True
+        self._hide_images()
         Janitor(self._sweeping()).start()
         if isinstance(self.datastore(), StudiesFolder):
             facts = (self._task, self._infer_in_turn, self._studies, self._served, self._modalities)
@@ -191,6 +194,12 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         if isinstance(self.datastore(), PacsStudies):
             threading.Thread(target=import_module, args=("highdicom.seg",), daemon=True).start()  # seconds, once
         super().on_init_complete()
+
+    def _hide_images(self) -> None:
+        """Let no image be named in the log: ids of a folder are names of files, which can be names of patients."""
+        pseudonyms, datastore = audit.Pseudonyms(self.store.home), self.datastore()
+        if isinstance(datastore, StudiesFolder):
+            hide_with(partial(pseudonyms.hide, image_of=datastore.image_of))
 
     def _sweeping(self) -> Iterator[Callable[[], str]]:
         """Yield what the janitor does."""

@@ -10,7 +10,9 @@ import hashlib
 import hmac
 import json
 import logging
+import re
 import secrets
+from collections.abc import Callable
 from contextvars import ContextVar
 from datetime import datetime, timezone
 from io import TextIOWrapper
@@ -25,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 FILE_BYTES, FILES = 50 * 2**20, 20
 HASH_DIGITS, KEY_BYTES = 16, 32
+_WORD = re.compile(r"\w[\w.-]+\w")  # an id, or a file name without its folder
 
 _facts: ContextVar[dict[str, Any] | None] = ContextVar("audited", default=None)
 
@@ -43,6 +46,39 @@ def begin() -> dict[str, Any]:
     return facts
 
 
+class Pseudonyms:
+    """What stands for images and studies in logs: keyed hashes.
+
+    Parameters
+    ----------
+    home : Path
+        `MSHUB_HOME`, where the key is, or will be.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self._key = _key(home / "audit.key")
+
+    def of(self, name: str) -> str:
+        """Return what stands for an image or a study."""
+        return hmac.new(self._key, name.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()[:HASH_DIGITS]
+
+    def hide(self, text: str, image_of: Callable[[str], str | None]) -> str:
+        """Return a text with what stands for the images named in it.
+
+        Parameters
+        ----------
+        text : str
+        image_of : callable
+            Returns the id of the image that a word means, also one that is its file name; None if it is no image.
+        """
+
+        def hidden(found: re.Match[str]) -> str:
+            image = image_of(found[0])
+            return found[0] if image is None else self.of(image)
+
+        return _WORD.sub(hidden, text)
+
+
 class AuditLog:
     """The lines of one server.
 
@@ -53,14 +89,10 @@ class AuditLog:
     """
 
     def __init__(self, home: Path) -> None:
-        self._key = _key(home / "audit.key")
+        self.hashed = Pseudonyms(home).of
         path = home / "logs" / "audit.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         self._handler = _OwnersFile(path, maxBytes=FILE_BYTES, backupCount=FILES, encoding="utf-8")
-
-    def hashed(self, name: str) -> str:
-        """Return what stands for an image or a study."""
-        return hmac.new(self._key, name.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()[:HASH_DIGITS]
 
     def write(self, **facts: Any) -> None:
         """Write one line; that it cannot be written is an error in the server's log, and the request goes on."""

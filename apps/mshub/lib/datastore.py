@@ -389,6 +389,13 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
             return stem.removesuffix(FIRST_CHANNEL), FIRST_CHANNEL + ending
         return stem, ending
 
+    def image_of(self, word: str) -> str | None:
+        """Return the id of the image that a word means, also one that is the name of a file of it; None if none is."""
+        for image_id in (word, self._id_of(word)):
+            if image_id in self._datastore.objects:
+                return image_id
+        return None
+
     def update_image_info(self, image_id: str, info: dict[str, Any]) -> None:
         """Note what is known of an image."""
         super().update_image_info(image_id, plain(info))

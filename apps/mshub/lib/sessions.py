@@ -30,6 +30,10 @@ class UploadSessions(Sessions):  # type: ignore[misc]
         Seconds after its last use that a session ends, at most `LONGEST_S`.
     """
 
+    def __bool__(self) -> bool:
+        """Return that there are sessions: MONAI Label sweeps none where it knows of none, as after a restart."""
+        return True
+
     def add_session(
         self, data_file: str, expiry: int = 0, uncompress: bool = False, session_id: str | None = None
     ) -> tuple[str, SessionInfo]:

@@ -14,6 +14,9 @@ export class ServerError extends Error {
 const UNREACHABLE =
   'The MSHub server does not answer. Check that it runs and that this computer reaches it, then retry.';
 
+const LOGGED_OUT =
+  'You are not logged in any more. Log in at /login in another tab, then do it again: nothing on this page is lost.';
+
 async function ask(path, options = {}) {
   let response;
   try {
@@ -23,6 +26,9 @@ async function ask(path, options = {}) {
       throw error;
     }
     throw new ServerError(UNREACHABLE, 0);
+  }
+  if (response.status === 401) {
+    throw new ServerError(LOGGED_OUT, response.status);
   }
   if (!response.ok) {
     throw new ServerError(await sentenceOf(response), response.status);

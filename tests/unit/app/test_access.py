@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,11 +21,15 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, Route
 from starlette.types import Receive, Scope, Send
 
+from factories import make_image
 from lib import audit
+from lib.app import MSHubApp
 from lib.server import access, asgi
-from lib.server.access import COOKIE, USER, Access
+from lib.server.access import COOKIE, USER, Access, Guards
 from lib.server.login import FORM_BYTES, Login, _within
+from lib.server.offers import GOOD_FOR_S
 from lib.server.permissions import PERMITTED, PUBLIC, permission_for
+from mshub import log_lines
 from mshub import users as users_module
 from mshub.errors import ConfigError
 from mshub.throttle import FREE
@@ -298,6 +304,29 @@ def test_a_browser_is_led_to_the_page_and_back(api: FastAPI, users: UserFile) ->
     assert browser.get("/info/").status_code == 401
 
 
+def test_slicer_gets_the_image_it_was_offered_once_without_saying_who_asks(
+    api: FastAPI, users: UserFile, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    annotator = users.user("annotator")
+    assert annotator is not None
+    offers = Guards.of(home).offers
+    offers.make(annotator, "case 1", "10.1.2.3")
+    here, elsewhere = (
+        client(api, (address, 1), base_url="http://mshub.clinic") for address in ("10.1.2.3", "10.1.2.4")
+    )
+    assert elsewhere.get("/datastore/image?image=case+1").status_code == 401
+    assert here.get("/datastore/image?image=case+2").status_code == 401
+    assert here.get("/datastore/label?label=case+1&image=case+1&tag=final").status_code == 401
+    assert here.delete("/datastore/image?id=case+1&image=case+1").status_code == 401
+    assert here.get("/datastore/image?image=case+1").json() == {"user": "annotator", "role": "annotator"}
+    assert here.get("/datastore/image?image=case+1").status_code == 401
+    assert [line["user"] for line in lines(home) if line["status"] == 200] == ["annotator"]
+    offers.make(annotator, "case 1", "10.1.2.3")
+    now = time.monotonic()
+    monkeypatch.setattr("lib.server.offers.time.monotonic", lambda: now + GOOD_FOR_S + 1)
+    assert here.get("/datastore/image?image=case+1").status_code == 401
+
+
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_the_cookie_is_for_this_site_and_for_no_script(api: FastAPI, users: UserFile, scheme: str) -> None:
     answer = client(api, base_url=f"{scheme}://127.0.0.1:8000").post(
@@ -455,6 +484,23 @@ def test_a_study_read_in_many_requests_is_one_line(api: FastAPI, users: UserFile
     assert [line["user"] for line in read] == ["viewer", "annotator"]
     assert len({line["study"] for line in read}) == 1
     assert "1.2.3" not in json.dumps([{**line, "from": ""} for line in read])
+
+
+def test_images_have_pseudonyms_in_texts(clinic: MSHubApp, tmp_path: Path) -> None:
+    make_image(tmp_path / "studies" / "mueller-hans.nii.gz", (9, 9, 9))
+    clinic.datastore().refresh()
+    pseudonyms = audit.Pseudonyms(tmp_path)
+    studies = clinic.datastore()
+    one, two = pseudonyms.of("mueller-hans"), pseudonyms.of("mr")
+    text = "mueller-hans: /x/mueller-hans.nii.gz is cut, and mr_0001.nii.gz. Of mueller nothing, (mueller-hans)."
+    assert pseudonyms.hide(text, studies.image_of) == f"{one}: /x/{one} is cut, and {two}. Of mueller nothing, ({one})."
+
+
+def test_the_servers_log_names_no_image(clinic: MSHubApp, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log_lines, "_hide", str)
+    clinic._hide_images()
+    record = logging.LogRecord("lib", logging.INFO, "", 0, "looked at %s", ("mr.nii.gz",), None)
+    assert log_lines.TextLines().format(record) == f"looked at {audit.Pseudonyms(clinic.store.home).of('mr')}"
 
 
 def test_another_server_has_another_key(tmp_path: Path) -> None:

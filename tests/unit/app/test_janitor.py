@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from monailabel.interfaces.app import MONAILabelApp
 
 from lib.infers import results_folder
 from lib.janitor import TEMPORARY, Janitor, keep, remove_abandoned, trim
@@ -130,3 +133,11 @@ def test_sessions_of_servers_that_ended_are_swept(
     monkeypatch.setattr("lib.sessions.time.time", lambda: now + UNFINISHED_S + 60)
     again.remove_expired()
     assert not unfinished.exists()
+
+
+def test_monai_label_sweeps_the_sessions_of_before_a_restart(sessions: UploadSessions, tmp_path: Path) -> None:
+    _, info = sessions.add_session(upload(tmp_path), expiry=60)
+    aged_info = json.loads((Path(info.path) / "meta.info").read_text()) | {"last_access_ts": int(time.time()) - 100}
+    (Path(info.path) / "meta.info").write_text(json.dumps(aged_info))
+    MONAILabelApp.cleanup_sessions(SimpleNamespace(_sessions=UploadSessions(sessions.store_path, 3600)))
+    assert not Path(info.path).exists()

@@ -22,6 +22,7 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lib import audit
+from lib.server.offers import Offers
 from lib.server.permissions import PUBLIC, SAFE, Permission, permission_for
 from lib.server.trail import Trail
 from mshub.errors import MSHubError
@@ -52,6 +53,7 @@ class Guards:
     """Wrong passwords by name and address."""
     strangers: Throttle = field(default_factory=lambda: Throttle(free=50, longest_s=10.0))
     """Wrong passwords by address: a whole clinic can share one."""
+    offers: Offers = field(default_factory=Offers)
 
     @classmethod
     def of(cls, home: Path) -> Guards:
@@ -143,6 +145,8 @@ class Access:
         user, has_cookie = _user_of(request, guards)
         if permission.role == PUBLIC:
             return self._from_elsewhere(request, must_say=False), user
+        if user is None and (request.method, permission.path) == ("GET", "/datastore/image"):
+            user = guards.offers.take(request.query_params.get("image", ""), address_of(request))
         if user is None:
             return _asked_to_log_in(request), None
         if not user.may(permission.role):
@@ -183,6 +187,11 @@ def _user_of(request: Request, guards: Guards) -> tuple[User | None, bool]:
         return known(token.strip()), False
     cookie = request.cookies.get(COOKIE, "")
     return (guards.logins.user_of(cookie), True) if cookie else (None, False)
+
+
+def address_of(request: Request) -> str:
+    """Return where a request comes from."""
+    return request.client.host if request.client else ""
 
 
 def _asked_to_log_in(request: Request) -> Response:

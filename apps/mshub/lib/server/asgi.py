@@ -26,7 +26,7 @@ from starlette.routing import Match
 from starlette.types import Scope
 
 from lib.faults import check_name, http_error
-from lib.server.access import USER, Access
+from lib.server.access import USER, Access, Guards, address_of
 from lib.server.disconnects import Disconnects
 from lib.server.health import Health
 from lib.server.in_threads import in_threads
@@ -222,13 +222,15 @@ def save_label(
         raise
 
 
-def next_sample(user: AnyUser, strategy: str, params: Annotated[Any, Body()] = None) -> Any:
+def next_sample(request: Request, user: AnyUser, strategy: str, params: Annotated[Any, Body()] = None) -> Any:
     """Return the next case to label; a plain function, as the PACS is asked for its series."""
     if params is not None and not isinstance(params, dict):
         raise HTTPException(400, 'The request\'s body is no JSON object: expected options such as {"client_id": "me"}.')
     sample = app_instance().next_case({"strategy": strategy, **(params or {})})
     if "id" not in sample:
         return sample
+    if "authorization" in request.headers:
+        Guards.of(_home()).offers.make(request.scope[USER], sample["id"], address_of(request))
     return {**sample, **app_instance().datastore().get_image_info(sample["id"])}
 
 

@@ -22,6 +22,7 @@ from mshub.store import ModelStore
 def main() -> None:
     """Run MONAI Label's command line; a mistyped option is a sentence, not a trace from within the start."""
     logging.basicConfig(level=logging.WARNING)
+    os.umask(os.umask(0) | 0o007)  # images, labels and logs are for this user and group
     # MONAI Label would import `lib` a second time for the app, and what is noted in one copy is unknown in the other.
     os.environ["MONAI_LABEL_RELOAD_APP_LIB"] = "false"
     arguments = Main().args_parser().parse_args()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from html import escape
 from ipaddress import ip_address, ip_network
 from pathlib import Path
@@ -15,7 +15,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Resp
 from fastapi.routing import APIRoute
 
 from lib import audit
-from lib.server.access import COOKIE, LOCAL_USER, USER, Guards
+from lib.server.access import COOKIE, LOCAL_USER, USER, Guards, address_of
 from mshub.logins import HOURS
 from mshub.users import User
 
@@ -28,26 +28,33 @@ START = "/viewer/"
 FORM_BYTES = 64 * 2**10
 """Strangers may send these routes no more: uploads are kept on the disk before anybody looks at them."""
 
+# The colours are those of the viewer, which opens next.
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>MSHub</title>
+<title>{title} · MSHub</title>
 <style>
-  :root {{ color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; }}
-  body {{ margin: 0; min-height: 100vh; display: grid; place-items: center; background: Canvas; color: CanvasText; }}
-  main {{ width: min(22rem, 90vw); padding: 2rem; border: 1px solid GrayText; border-radius: .75rem; }}
-  h1 {{ margin: 0 0 1rem; font-size: 1.4rem; }}
-  label {{ display: block; margin: .75rem 0 .25rem; }}
-  input {{ width: 100%; box-sizing: border-box; padding: .5rem; font: inherit; }}
-  button {{ margin-top: 1.25rem; width: 100%; padding: .6rem; font: inherit; cursor: pointer; }}
-  .problem {{ color: #b00020; }} @media (prefers-color-scheme: dark) {{ .problem {{ color: #ff8a80; }} }}
+  :root {{ color-scheme: dark; font: 15px/1.5 Inter, system-ui, sans-serif; }}
+  body {{ margin: 0; min-height: 100vh; display: grid; place-items: center; background: #000; color: #fff; }}
+  main {{ width: min(20rem, 86vw); padding: 2rem; background: #090c29; border: 1px solid #3a3f99;
+          border-radius: .5rem; }}
+  h1 {{ margin: 0; font-size: 1.5rem; }}
+  h1 + p {{ margin: 0 0 1.5rem; color: #7bb2ce; font-size: .85rem; }}
+  a {{ color: #348cfd; }}
+  label {{ display: block; margin: 1rem 0 .25rem; color: #7bb2ce; }}
+  input, button {{ box-sizing: border-box; width: 100%; padding: .6rem; font: inherit; border-radius: .25rem; }}
+  input {{ background: #000; color: #fff; border: 1px solid #3a3f99; }}
+  button {{ margin-top: 1.5rem; background: #348cfd; color: #000; border: 0; font-weight: 600; cursor: pointer; }}
+  button:hover {{ background: #5acce6; }}
+  :focus-visible {{ outline: 2px solid #5acce6; outline-offset: 1px; }}
+  .problem {{ margin: 0; padding: .5rem .75rem; background: #330e12; color: #ff9ea1; border-radius: .25rem; }}
 </style></head>
-<body><main><h1>MSHub</h1>{content}</main></body></html>
+<body><main><h1>MSHub</h1><p>nnU-Net models in OHIF and 3D Slicer. For research use.</p>{content}</main></body></html>
 """
 FORM = """{problem}<form method="post" action="/login">
 <label for="username">User name</label>
-<input id="username" name="username" value="{name}" autocomplete="username" autofocus required>
+<input id="username" name="username" value="{name}" autocomplete="username" required{first}>
 <label for="password">Password</label>
-<input id="password" name="password" type="password" autocomplete="current-password" required>
+<input id="password" name="password" type="password" autocomplete="current-password" required{second}>
 <input type="hidden" name="next" value="{next}">
 <button>Log in</button></form>
 """
@@ -108,10 +115,10 @@ class Login:
         """Return the page where people log in, or see that they are."""
         user = request.scope.get(USER)
         if user is LOCAL_USER:
-            return _page(OPEN.format(start=START))
+            return _page("No login", OPEN.format(start=START))
         if user is not None:
-            return _page(WELCOME.format(name=escape(user.name), role=escape(user.role), start=START))
-        return _page(FORM.format(problem="", name="", next=escape(next)))
+            return _page("Logged in", WELCOME.format(name=escape(user.name), role=escape(user.role), start=START))
+        return _form("", next)
 
     def log_in(
         self,
@@ -124,9 +131,7 @@ class Login:
         try:
             token = self._opened(request, username, password)
         except HTTPException as error:
-            problem = f'<p class="problem" role="alert">{escape(str(error.detail))}</p>'
-            form = FORM.format(problem=problem, name=escape(username), next=escape(next))
-            return _page(form, error.status_code, error.headers)
+            return _form(username, next, error)
         answer = RedirectResponse(_within(next), 303, headers=NO_STORE)
         answer.set_cookie(
             COOKIE, token, int(HOURS * 3600), httponly=True, samesite="strict", secure=request.url.scheme == "https"
@@ -163,7 +168,7 @@ class Login:
 
 def _network(request: Request) -> str:
     """Return where a request comes from; of IPv6 the network, as everybody there has addresses without number."""
-    host = request.client.host if request.client else ""
+    host = address_of(request)
     try:
         address = ip_address(host)
     except ValueError:
@@ -178,5 +183,14 @@ def _within(address: str) -> str:
     return address if is_own and address.isprintable() else START
 
 
-def _page(content: str, status: int = 200, headers: Any = None) -> HTMLResponse:
-    return HTMLResponse(PAGE.format(content=content), status, headers={**NO_STORE, **(headers or {})})
+def _form(name: str, next: str, error: HTTPException | None = None) -> HTMLResponse:
+    """Return the page where people log in, and why they were not; the cursor is where something is missing."""
+    problem = f'<p class="problem" role="alert">{escape(str(error.detail))}</p>' if error else ""
+    first, second = ("", " autofocus") if name else (" autofocus", "")
+    content = FORM.format(problem=problem, name=escape(name), next=escape(next), first=first, second=second)
+    return _page("Log in", content, error.status_code if error else 200, error.headers if error else None)
+
+
+def _page(title: str, content: str, status: int = 200, headers: Mapping[str, str] | None = None) -> HTMLResponse:
+    page = PAGE.format(title=title, content=content)
+    return HTMLResponse(page, status, headers={**NO_STORE, **(headers or {})})
