@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import stat
@@ -31,7 +32,7 @@ from lib.server.offers import GOOD_FOR_S
 from lib.server.permissions import PERMITTED, PUBLIC, permission_for
 from mshub import log_lines
 from mshub import users as users_module
-from mshub.errors import ConfigError
+from mshub.errors import Busy, ConfigError
 from mshub.throttle import FREE
 from mshub.users import ROLES, UserFile, user_file
 
@@ -563,3 +564,8 @@ def test_metrics_name_no_methods_and_routes_that_strangers_make_up(home: Path, u
     client(api).request("BREW", "/pot")
     client(api).get("/info/")
     assert [one[:3] for one in told] == [("(other)", "(none)", 404), ("GET", "/info/", 401)]
+
+
+def test_a_server_that_is_full_says_when_to_come_back() -> None:
+    answer = asyncio.run(asgi._on_our_error(Request({"type": "http", "headers": []}), Busy("too many", 7.2)))
+    assert (answer.status_code, answer.headers["retry-after"], answer.headers["x-mshub-error"]) == (503, "8", "busy")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,32 @@ def test_an_upload_becomes_an_image(datastore: StudiesFolder, studies: Path) -> 
     assert (studies / "new-case.nii.gz").read_bytes() == upload.read_bytes()
     assert datastore.add_image("", str(upload), {}) == "upload"
     assert {"new-case", "upload"} <= set(datastore.list_images())
+
+
+@pytest.mark.parametrize("name", ["ct.nii.gz", "ct.nrrd"])
+def test_an_upload_takes_no_other_images_place(datastore: StudiesFolder, studies: Path, name: str) -> None:
+    before = (studies / "ct.nii.gz").read_bytes()
+    upload = make_image(studies.parent / "upload.nii.gz", SHAPE, seed=4).rename(studies.parent / name)
+    with pytest.raises(HTTPException) as caught:
+        datastore.add_image("ct", str(upload), {})
+    assert caught.value.status_code == 409
+    assert (studies / "ct.nii.gz").read_bytes() == before
+
+
+def test_of_uploads_of_one_id_at_once_one_is_kept(datastore: StudiesFolder, studies: Path) -> None:
+    uploads = [make_image(studies.parent / f"upload{number}.nii.gz", SHAPE, seed=number) for number in range(8)]
+
+    def add(upload: Path) -> int:
+        try:
+            datastore.add_image("same", str(upload), {})
+        except HTTPException as error:
+            return error.status_code
+        return 200
+
+    with ThreadPoolExecutor(8) as threads:
+        statuses = list(threads.map(add, uploads))
+    assert sorted(statuses) == [200, *[409] * 7]
+    assert (studies / "same.nii.gz").read_bytes() == uploads[statuses.index(200)].read_bytes()
 
 
 @pytest.mark.parametrize("name", ["virus.exe", "slice.dcm", "picture.png"])
