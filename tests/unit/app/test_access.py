@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import stat
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +35,7 @@ from lib.server.offers import GOOD_FOR_S
 from lib.server.permissions import PERMITTED, PUBLIC, permission_for
 from mshub import log_lines
 from mshub import users as users_module
+from mshub.bundled import app_folder
 from mshub.errors import Busy, ConfigError
 from mshub.throttle import FREE
 from mshub.users import ROLES, UserFile, user_file
@@ -569,3 +573,17 @@ def test_metrics_name_no_methods_and_routes_that_strangers_make_up(home: Path, u
 def test_a_server_that_is_full_says_when_to_come_back() -> None:
     answer = asyncio.run(asgi._on_our_error(Request({"type": "http", "headers": []}), Busy("too many", 7.2)))
     assert (answer.status_code, answer.headers["retry-after"], answer.headers["x-mshub-error"]) == (503, "8", "busy")
+
+
+LET_IN = """
+import asyncio
+from lib.server import asgi
+from monailabel.endpoints.user.auth import RBAC, User
+print(asyncio.run(RBAC("monailabel-admin")(User(username="ada", roles=["admin"]))).username)
+"""
+
+
+def test_monai_labels_own_login_is_not_in_the_way() -> None:
+    environment = {**os.environ, "MONAI_LABEL_AUTH_ENABLE": "true", "PYTHONPATH": str(app_folder())}
+    done = subprocess.run([sys.executable, "-c", LET_IN], capture_output=True, text=True, env=environment)
+    assert done.stdout.splitlines()[-1:] == ["ada"], done.stderr

@@ -42,6 +42,9 @@ if not settings.MONAI_LABEL_CORS_ORIGINS:
 
 from monailabel.app import app
 
+# Its own login, which nobody passes, would refuse whom `lib.server.access` lets through.
+settings.MONAI_LABEL_AUTH_ENABLE = False
+
 logger = logging.getLogger(__name__)
 
 __all__ = ["app"]
