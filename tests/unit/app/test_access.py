@@ -231,6 +231,15 @@ def test_what_nobody_thought_of_is_closed(path: str) -> None:
     assert permission_for("PATCH", "/info/") == (None, {})
 
 
+def test_another_method_of_an_open_route_is_405_and_is_told_which_may_be_used(api: FastAPI, users: UserFile) -> None:
+    for address in ("/proxy/dicom/studies/1.2", "/datastore/label"):
+        answer = client(api).patch(address)
+        assert answer.status_code == 405
+        assert set(answer.headers["allow"].split(", ")) == {
+            one.method for one in PERMITTED if permission_for(one.method, address)[0] is one
+        }
+
+
 # -- without users ----------------------------------------------------------------------------------------------------
 
 

@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lib import audit
 from lib.server.offers import Offers
-from lib.server.permissions import PUBLIC, SAFE, Permission, permission_for
+from lib.server.permissions import PUBLIC, SAFE, Permission, methods_at, permission_for
 from lib.server.trail import Trail
 from mshub.errors import MSHubError
 from mshub.logins import Logins
@@ -139,7 +139,7 @@ class Access:
         if permission is None:
             if request.method in SAFE and self._is_program(request.scope):
                 return None, None
-            return _refused(404, f"{request.method} {request.url.path[:200]} is nothing this server offers."), None
+            return _not_offered(request), None
         if not guards.users:
             return self._judged_at_home(request), LOCAL_USER
         user, has_cookie = _user_of(request, guards)
@@ -201,6 +201,16 @@ def _asked_to_log_in(request: Request) -> Response:
         return RedirectResponse(f"/login?next={quote(wanted, safe='')}", 303)
     refusal = _refused(401, "Log in first: POST /auth/token with username and password, or send an API token.")
     refusal.headers["WWW-Authenticate"] = "Bearer"
+    return refusal
+
+
+def _not_offered(request: Request) -> Response:
+    """Answer a request for what there is no permission for: 405 where another method may be used."""
+    methods = methods_at(request.scope["path"])
+    reason = f"{request.method[:20]} {request.url.path[:200]} is nothing this server offers."
+    refusal = _refused(405 if methods else 404, reason)
+    if methods:
+        refusal.headers["Allow"] = ", ".join(methods)
     return refusal
 
 

@@ -126,7 +126,18 @@ def permission_for(method: str, path: str) -> tuple[Permission | None, dict[str,
     A missing slash at the end, which the server answers with where to go, is forgiven.
     """
     wanted = "GET" if method == "HEAD" else method
-    for permission, pattern in _PATTERNS:
-        if permission.method == wanted and (found := pattern.fullmatch(path) or pattern.fullmatch(f"{path}/")):
-            return permission, found.groupdict()
+    for permission, parameters in _permissions_at(path):
+        if permission.method == wanted:
+            return permission, parameters
     return None, {}
+
+
+def methods_at(path: str) -> list[str]:
+    """Return the methods that anybody may use at a path."""
+    return sorted({permission.method for permission, _ in _permissions_at(path)})
+
+
+def _permissions_at(path: str) -> Iterator[tuple[Permission, dict[str, Any]]]:
+    for permission, pattern in _PATTERNS:
+        if found := pattern.fullmatch(path) or pattern.fullmatch(f"{path}/"):
+            yield permission, found.groupdict()
