@@ -34,7 +34,7 @@ LIBRARY_LAYERS = (
     *("nnunet.devices", "nnunet.window_sums", "nnunet.measures", "nnunet.deepest_features", "nnunet.sliding_window"),
     *("nnunet.openvino_library", "nnunet.network_agreement", "nnunet.openvino_conversion"),
     *("nnunet.openvino_network", "nnunet.cuda_network"),
-    *("nnunet.resampling", "nnunet.body", "nnunet.preprocessing", "nnunet.engine"),
+    *("nnunet.resampling", "nnunet.body", "nnunet.preprocessing", "nnunet.lean_decoder", "nnunet.engine"),
     *("nnunet.network_cache", "nnunet.reading"),
     *("nnunet.image_cache", "nnunet.predictor", "nnunet.profile_figures"),
     *("nnunet.model_writing", "nnunet.v1_files", "nnunet.v1_network", "nnunet.v1_plans"),
