@@ -38,7 +38,8 @@ LIBRARY_LAYERS = (
     *("nnunet.network_cache", "nnunet.reading"),
     *("nnunet.image_cache", "nnunet.predictor", "nnunet.profile_figures"),
     *("nnunet.model_writing", "nnunet.v1_files", "nnunet.v1_network", "nnunet.v1_plans"),
-    *("nnunet.v1_conversion", "nnunet.trusted", "nnunet.planning", "nnunet.training_set", "nnunet.trainer"),
+    *("nnunet.v1_conversion", "nnunet.trusted", "nnunet.planning", "nnunet.training_set"),
+    *("nnunet.label_warping", "nnunet.trainer"),
     *("evaluation", "bundled", "install", "round_report", "rounds", "worker", "serve", "console", "cli", "__main__"),
 )
 APP_LAYERS = (
@@ -47,7 +48,8 @@ APP_LAYERS = (
     *("lib.infers", "lib.trainers", "lib.activelearning", "lib.warm_up", "lib.app", "lib.server", "main"),
 )
 PACKAGES = ("mshub", "mshub.nnunet", "mshub.report")  # hold modules, and no code of their own
-TORCH = {"torch", "numba", "nnunetv2", "dynamic_network_architectures", "batchgenerators", "acvl_utils"}
+TORCH = {"torch", "numba", "nnunetv2", "dynamic_network_architectures", "acvl_utils"}
+TORCH |= {"batchgenerators", "batchgeneratorsv2"}
 SERVER = {"monailabel", "monai", "fastapi", "starlette", "uvicorn"}
 
 RUN = """

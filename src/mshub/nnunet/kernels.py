@@ -59,13 +59,16 @@ def value_counts(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """
     counts: np.ndarray[Any, Any] = np.zeros(np.iinfo(array.dtype).max + 1, np.int64)
     values = array.ravel(order="K")  # a view of whatever is contiguous
-    return sum(in_parts(partial(_value_counts, values, len(counts)), len(values)), counts)
+    for part in in_parts(partial(_value_counts, values, len(counts)), len(values)):
+        counts += part
+    return counts
 
 
 @kernel
-def _value_counts(values: np.ndarray[Any, Any], count: int, begin: int, end: int) -> np.ndarray[Any, Any]:
+def _value_counts(values: np.ndarray[Any, Any], count: int, begin: int, end: int) -> Any:
     """Count a part of a 1-D array; of two neighbours neither waits for the other's count."""
     counts = np.zeros((2, count), np.int64)
     for place in range(begin, end):
         counts[place & 1, values[place]] += 1
-    return counts[0] + counts[1]
+    counts[0] += counts[1]
+    return counts[0]

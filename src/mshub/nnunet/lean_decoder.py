@@ -23,7 +23,7 @@ def let_go(network: torch.nn.Module) -> None:
     network : Module
         Its ``encoder`` returns a list of skip connections that nobody else needs.
     """
-    decoder = getattr(network, "decoder", None)
+    decoder: Any = getattr(network, "decoder", None)
     if type(decoder) is UNetDecoder and not decoder.deep_supervision and all(map(_is_known, decoder.stages)):
         decoder.forward = partial(_forward, decoder)
 
