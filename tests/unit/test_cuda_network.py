@@ -18,6 +18,7 @@ from mshub.nnunet import cuda_network
 from mshub.nnunet.cuda_network import CUDANetwork, instance_norms_as_batch_norms
 from mshub.nnunet.engine import Engine, load_network
 from mshub.nnunet.folder import ModelFolder
+from mshub.nnunet.measures import Heads, Measures
 from mshub.nnunet.window_sums import SumsOnCPU, SumsOnDevice
 
 CPU = torch.device("cpu")
@@ -233,3 +234,26 @@ def test_without_memory_for_its_output_it_goes_to_main_memory(
     assert agree(logits, expected)
     if measures is not None:
         assert measures.result(logits, torch.device("cuda"), 1.0).structures
+
+
+@needs_gpu
+@torch.inference_mode()
+def test_what_is_measured_there_is_what_is_measured_on_a_cpu() -> None:
+    random = torch.Generator().manual_seed(2)
+    tiles = torch.randn((3, 4, 1, 6, 8, 12, 10), generator=random)  # tile, pass, batch, class, z, y, x
+    features = torch.randn((3, 4, 1, 5, 2, 3, 2), generator=random)
+    found = []
+    for device in (CPU, torch.device("cuda")):
+        measures = Measures(Heads(tuple(LABELS)[1:]))
+        for passes, deepest in zip(tiles.to(device), features.to(device), strict=True):
+            for number, output in enumerate(passes):
+                measures.deepest_features(deepest[number])
+                measures.one_pass(output, len(passes))
+            measures.end_of_tile()
+        measures.end_of_fold(tiles[0, 0, 0].to(device))
+        found.append(measures.result(tiles[0, 0, 0].to(device), device, 1.0))
+    on_cpu, on_gpu = found
+    for name, facts in on_cpu.structures.items():
+        assert facts.mirror_dice == on_gpu.structures[name].mirror_dice
+        assert facts.mirror_dice is not None
+    np.testing.assert_allclose(on_gpu.embedding, on_cpu.embedding, rtol=1e-5)

@@ -34,11 +34,12 @@ LIBRARY_LAYERS = (
     *("nnunet.devices", "nnunet.window_sums", "nnunet.measures", "nnunet.deepest_features", "nnunet.sliding_window"),
     *("nnunet.openvino_library", "nnunet.network_agreement", "nnunet.openvino_conversion"),
     *("nnunet.openvino_network", "nnunet.cuda_network"),
-    *("nnunet.resampling", "nnunet.body", "nnunet.preprocessing", "nnunet.engine"),
+    *("nnunet.resampling", "nnunet.body", "nnunet.preprocessing", "nnunet.lean_decoder", "nnunet.engine"),
     *("nnunet.network_cache", "nnunet.reading"),
     *("nnunet.image_cache", "nnunet.predictor", "nnunet.profile_figures"),
     *("nnunet.model_writing", "nnunet.v1_files", "nnunet.v1_network", "nnunet.v1_plans"),
-    *("nnunet.v1_conversion", "nnunet.trusted", "nnunet.planning", "nnunet.training_set", "nnunet.trainer"),
+    *("nnunet.v1_conversion", "nnunet.trusted", "nnunet.planning", "nnunet.training_set"),
+    *("nnunet.label_warping", "nnunet.trainer"),
     *("evaluation", "bundled", "install", "round_report", "rounds", "worker", "serve", "console"),
     *("users_cli", "cli", "__main__"),
 )
@@ -49,7 +50,8 @@ APP_LAYERS = (
     *("lib.infers", "lib.trainers", "lib.activelearning", "lib.warm_up", "lib.app", "lib.server", "main"),
 )
 PACKAGES = ("mshub", "mshub.nnunet", "mshub.report")  # hold modules, and no code of their own
-TORCH = {"torch", "numba", "nnunetv2", "dynamic_network_architectures", "batchgenerators", "acvl_utils"}
+TORCH = {"torch", "numba", "nnunetv2", "dynamic_network_architectures", "acvl_utils"}
+TORCH |= {"batchgenerators", "batchgeneratorsv2"}
 SERVER = {"monailabel", "monai", "fastapi", "starlette", "uvicorn"}
 
 RUN = """

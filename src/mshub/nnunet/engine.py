@@ -20,6 +20,7 @@ from mshub.errors import ModelFolderError, PredictionError
 from mshub.nnunet.cuda_network import CUDANetwork
 from mshub.nnunet.export import Export
 from mshub.nnunet.folder import ModelFolder
+from mshub.nnunet.lean_decoder import let_go
 from mshub.nnunet.measures import Heads, Measures
 from mshub.nnunet.openvino_library import is_installed
 from mshub.nnunet.openvino_network import OpenVINONetwork, prepared
@@ -77,8 +78,10 @@ class Engine:
         parameters = [folder.checkpoint(fold)["network_weights"] for fold in folds]
         self._window = ProbabilityWindow(device) if folder.predicts_as_v1 else SlidingWindow(device)
         is_on_gpu = device.type != "cpu"
+        network = torch.nn.Identity() if is_on_gpu else load_network(folder, parameters[0])
+        let_go(network)
         self._window.manual_initialization(
-            torch.nn.Identity() if is_on_gpu else load_network(folder, parameters[0]),
+            network,
             self._plans,
             self._configuration,
             parameters,

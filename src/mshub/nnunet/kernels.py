@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 from typing import Any, TypeVar, cast
 
@@ -41,3 +42,33 @@ def in_parts(work: Callable[[int, int], Result], count: int) -> list[Result]:
     edges = np.unique(np.linspace(0, count, threads * PARTS_PER_THREAD + 1).astype(int)).tolist()
     with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(lambda edge: work(*edge), pairwise(edges)))
+
+
+def value_counts(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return how often each value is in an array.
+
+    Parameters
+    ----------
+    array : ndarray, uint8 or uint16
+        Its axes may lie in any order in memory.
+
+    Returns
+    -------
+    ndarray, int64, shape (256,) or (65536,)
+        By value.
+    """
+    counts: np.ndarray[Any, Any] = np.zeros(np.iinfo(array.dtype).max + 1, np.int64)
+    values = array.ravel(order="K")  # a view of whatever is contiguous
+    for part in in_parts(partial(_value_counts, values, len(counts)), len(values)):
+        counts += part
+    return counts
+
+
+@kernel
+def _value_counts(values: np.ndarray[Any, Any], count: int, begin: int, end: int) -> Any:
+    """Count a part of a 1-D array; of two neighbours neither waits for the other's count."""
+    counts = np.zeros((2, count), np.int64)
+    for place in range(begin, end):
+        counts[place & 1, values[place]] += 1
+    counts[0] += counts[1]
+    return counts[0]

@@ -24,7 +24,7 @@ from mshub.uncertainty import StructureUncertainty, Uncertainty
 
 VOXELS_AT_ONCE = 2**18
 """So many voxels of all classes are looked at together, which bounds the memory it takes."""
-LARGE_TILE = 2**19
+LARGE_TILE = 2**18
 """Of larger tiles, every second, third... slice is compared: mirrored copies agree there as they do between."""
 COARSE = 4
 """Every so many voxels of a tile, along each axis, tell how much of it is structures."""
@@ -132,7 +132,8 @@ class Measures:
         self._fold_maps: list[torch.Tensor] = []
         self._deepest: torch.Tensor | None = None
         self._features: list[torch.Tensor] = []
-        self._weights: list[float] = []
+        self._weights: list[torch.Tensor] = []
+        self._tile_before: tuple[list[torch.Tensor], Any] | None = None
 
     # -- while it is predicted ----------------------------------------------------------------------------------
 
@@ -162,12 +163,28 @@ class Measures:
             self._passes.append(maps.flip([axis - 1 for axis in mirrored]))
 
     def end_of_tile(self) -> None:
-        """Compare the passes over a tile."""
-        self._mirrors.count(self._passes)
-        self._passes = []
+        """Compare the passes over a tile; on a GPU those over the tile before, which are there: it need not wait."""
+        maps, self._passes = self._passes, []
+        if maps and maps[0].is_cuda:
+            made = torch.cuda.Event()
+            made.record(torch.cuda.current_stream(maps[0].device))
+            self._count_tile_before()
+            self._tile_before = maps, made
+        else:
+            self._mirrors.count(maps)
+
+    def _count_tile_before(self) -> None:
+        """Compare the passes over a tile that waits for it, beside what the GPU does meanwhile."""
+        if self._tile_before is not None:
+            maps, made = self._tile_before
+            with torch.cuda.stream(torch.cuda.Stream(maps[0].device)):
+                made.wait()
+                self._mirrors.count(maps)  # returns when it is done
+            self._tile_before = None
 
     def end_of_fold(self, outputs: torch.Tensor) -> None:
         """Keep the label map of a fold; axes (channel, *spatial)."""
+        self._count_tile_before()
         self._fold_maps.append(self._whole_maps(outputs, outputs.device))
 
     def _whole_maps(self, outputs: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -180,9 +197,9 @@ class Measures:
         if self._passes:
             return
         deep = deepest[0].float().flatten(1)
-        self._features.append(torch.cat([deep.mean(1), deep.std(1, correction=0)]).cpu())
+        self._features.append(torch.cat([deep.mean(1), deep.std(1, correction=0)]))
         some = self._heads.label_maps(output[(slice(None), *[slice(None, None, COARSE)] * (output.ndim - 1))])
-        self._weights.append(1.0 + float((some != 0).any(0).sum()))
+        self._weights.append(1 + (some != 0).any(0).sum())
 
     # -- afterwards ---------------------------------------------------------------------------------------------
 
@@ -213,7 +230,8 @@ class Measures:
     def _embedding(self) -> tuple[float, ...]:
         if not self._features:
             return ()
-        mean = np.average(torch.stack(self._features).numpy(), axis=0, weights=self._weights)
+        features, weights = (torch.stack(column).cpu().numpy() for column in (self._features, self._weights))
+        mean = np.average(features, axis=0, weights=weights)
         return tuple(float(value) for value in mean)
 
 

@@ -21,6 +21,7 @@ from mshub.nnunet.devices import candidate_devices
 from mshub.nnunet.engine import Engine
 from mshub.nnunet.folder import ModelFolder
 from mshub.nnunet.image_cache import ImageCache, PreparedImage, image_key
+from mshub.nnunet.kernels import value_counts
 from mshub.nnunet.measures import Measures
 from mshub.nnunet.network_cache import NetworkCache
 from mshub.nnunet.reading import read_as_nnunet, read_channels, to_input_axes
@@ -124,7 +125,7 @@ class Prediction:
 
     def voxel_counts(self) -> dict[str, int]:
         """Return the number of voxels of each structure, absent ones included."""
-        counts = np.bincount(self.labels.array_xyz.reshape(-1), minlength=len(self.names) + 1)
+        counts = value_counts(self.labels.array_xyz)
         return {name: int(counts[value]) for name, value in self.names.items()}
 
 
@@ -254,6 +255,7 @@ class NNUNetPredictor:
         run = self._run(options, None, None)
         with _told_errors(run), self._engine(run) as engine:
             engine.warm()
+        value_counts(np.zeros(1, self.folder.labels.dtype))
 
     def _engine(self, run: _Run) -> AbstractContextManager[Engine]:
         runtime = run.options.runtime
