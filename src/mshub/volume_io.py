@@ -8,6 +8,7 @@ Writing is atomic: a reader sees the old file or the whole new one.
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 
 from mshub.dicom_series import read_series, read_series_grid
@@ -23,6 +24,9 @@ __all__ = ["READABLE", "WRITABLE", "read_grid", "read_volume", "write_nifti", "w
 _NIFTI = (".nii", ".nii.gz")
 READABLE = (*_NIFTI, ".nrrd", ".mha", ".mhd")
 WRITABLE = (*_NIFTI, ".nrrd")
+#: Scans shrink to a third or so, padded ones further; beyond this a file above `LARGE_VOXELS` is no scan.
+MAX_VOXELS_PER_BYTE = 200
+LARGE_VOXELS = 2**24
 
 
 def read_volume(
@@ -55,6 +59,8 @@ def read_volume(
         Not 3-D, or no usable grid.
     """
     with named(path):
+        if path.is_file() and not allow_constant:
+            _refuse_bomb(path, max_voxels)
         volume = _read(path, series_uid, max_voxels)
         check_values(volume.array_xyz, allow_constant=allow_constant)
         return volume
@@ -111,6 +117,17 @@ def _read(path: Path, series_uid: str | None, max_voxels: int) -> Volume:
     with reading(path):
         read = read_nifti if extension in _NIFTI else read_itk
         return read(path, max_voxels)
+
+
+def _refuse_bomb(path: Path, max_voxels: int) -> None:
+    """Refuse a file that would fill memory with next to nothing; a label may be so, and is as large as its image."""
+    shape = read_grid(path, max_voxels=max_voxels).shape_xyz
+    voxels, nbytes = prod(shape), path.stat().st_size
+    if voxels > LARGE_VOXELS and voxels > nbytes * MAX_VOXELS_PER_BYTE:
+        raise CaseError(
+            f"found {nbytes} bytes for {voxels} voxels, expected at least one for {MAX_VOXELS_PER_BYTE}: no scan "
+            "shrinks so far, the file holds the same value nearly everywhere; export the image again"
+        )
 
 
 def _readable_extension(path: Path) -> str:

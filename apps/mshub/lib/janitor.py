@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from mshub.atomic_file import remove_unfinished
 
 logger = logging.getLogger(__name__)
 
 EVERY_S = 3600.0
 ABANDONED_S = 24 * 3600.0
 """Temporary files that nobody changed for so long belong to a server that was killed."""
+UNFINISHED_S = 3600.0
+"""Files that are renamed once they are whole, and that nobody wrote to for so long, never will be."""
 TEMPORARY = ("mshub-*",)
+SERVER = "mshub-server-"
 
 
 class Janitor:
@@ -64,10 +71,45 @@ def trim(folder: Path, most_bytes: int, unused_s: float = ABANDONED_S) -> str:
     return f"{removed} files of {folder.name}" if removed else ""
 
 
-def remove_abandoned(folder: Path | None = None, unused_s: float = ABANDONED_S) -> str:
-    """Remove what servers that were killed left in the folder of temporary files."""
-    folder, removed = folder or Path(tempfile.gettempdir()), 0
-    for path in (path for pattern in TEMPORARY for path in folder.glob(pattern)):
+@contextmanager
+def own_temporary_folder() -> Iterator[Path]:
+    """Give this process a folder for its temporary files: uploads are in nobody's way, and gone when it ends.
+
+    One that is killed leaves its folder, which `remove_abandoned` knows by its name.
+    """
+    before, folder = tempfile.tempdir, Path(tempfile.mkdtemp(prefix=SERVER))
+    tempfile.tempdir = str(folder)
+    try:
+        yield folder
+    finally:
+        tempfile.tempdir = before
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def stay_in_use() -> str:
+    """Say by its time that the folder of `own_temporary_folder` is in use, however little there is to do."""
+    if Path(tempfile.gettempdir()).name.startswith(SERVER):
+        os.utime(tempfile.gettempdir())
+    return ""
+
+
+def unfinished(folders: Callable[[], Iterable[Path]]) -> str:
+    """Remove what was being written when a server was killed."""
+    removed = remove_unfinished(folders(), UNFINISHED_S)
+    return f"{removed} unfinished files" if removed else ""
+
+
+def folders_below(folder: Path) -> Iterator[Path]:
+    """Yield a folder and all in it."""
+    return (Path(path) for path, _, _ in os.walk(folder))
+
+
+def remove_abandoned(
+    folder: Path | None = None, unused_s: float = ABANDONED_S, patterns: Iterable[str] = TEMPORARY
+) -> str:
+    """Remove what servers that were killed left in the folder of temporary files, or in another one."""
+    folder, removed = folder or _shared_temporary_folder(), 0
+    for path in [path for pattern in patterns for path in folder.glob(pattern)]:
         try:
             if time.time() - _changed(path) < unused_s or path.is_symlink():
                 continue
@@ -76,6 +118,11 @@ def remove_abandoned(folder: Path | None = None, unused_s: float = ABANDONED_S) 
         except OSError:  # somebody else's
             continue
     return f"{removed} temporary files" if removed else ""
+
+
+def _shared_temporary_folder() -> Path:
+    folder = Path(tempfile.gettempdir())
+    return folder.parent if folder.name.startswith(SERVER) else folder
 
 
 def _changed(path: Path) -> float:
