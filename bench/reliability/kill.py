@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import errno
 import multiprocessing
+import os
 import random
 import re
 import subprocess
@@ -27,6 +28,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -62,8 +64,7 @@ def work_until_killed(kind: str, folder: Path, scratch: Path, first: int, says: 
 
 def kills(folder: Path, count: int, seed: int = 20) -> dict[str, Any]:
     """Kill `count` children, the kinds in turn; returns the figures."""
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["kill_work"])
+    processes = _nursery()
     chance, figures = random.Random(seed), Counter(kills=0, told=0, unreadable=0, lost=0, left=0)
     scratch = folder / "scratch"
     scratch.mkdir()
@@ -84,6 +85,19 @@ def kills(folder: Path, count: int, seed: int = 20) -> dict[str, Any]:
         for problem in _judged(works[kind], told[kind], figures):
             problems.append(f"kill {number} of {kind}: {problem}")
     return {**figures, "moments": dict(moments), "told_of": {k: len(v) for k, v in told.items()}, "problems": problems}
+
+
+def _nursery() -> Any:
+    """Return what starts children that need not import anything: they are forked from a process that has."""
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["kill_work"])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+    return processes
 
 
 def _prepared(folder: Path, scratch: Path) -> dict[str, Work]:
@@ -257,7 +271,7 @@ def main() -> None:
     path = keep("kill_quick" if options.quick else "kill", figures)
     print(report(figures))
     for problem in [*figures["kills"]["problems"], *figures["full_disks"].get("problems", [])][:40]:
-        print(f"WRONG {problem}")
+        print(f"WRONG {problem[:300]}")
     print(f"figures: {path}")
     sys.exit(0 if holds(figures) else 1)
 

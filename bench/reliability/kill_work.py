@@ -210,7 +210,9 @@ class Versions(_InFolder):
 
     def do(self, number: int) -> Told:
         with self.store.staging() as staging:
-            shutil.copytree(self.folder / "template", staging / "model")
+            for name in _files_of(self.folder / "template"):
+                (staging / "model" / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(self.folder / "template" / name, staging / "model" / name)
             (staging / "model" / "notes.txt").write_text(f"{number} {os.urandom(8).hex()}")
             version = self.store.publish("tiny", staging / "model", {"labels": {}, "channels": [], "card": {}})
         self.store.promote("tiny", version.version, "bench")

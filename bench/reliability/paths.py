@@ -45,6 +45,8 @@ KEYS = (
     *("folds", "result_extension", "series", "name", "path", "bundle_path", "pretrained_path", "images", "label_info"),
 )
 """What is tried as a name in JSON, each with every text."""
+JSON_EVERY = 8
+"""Of so many texts one is tried there: there are hundreds of such places."""
 SLOW = ("/batch/infer/{model}", "/scoring/{method}", "/scoring/")
 SLOW_TEXTS = 4
 """So many texts only for routes that start a process."""
@@ -231,7 +233,9 @@ def _write_canary(path: Path) -> None:
 def ask_all(root: Path, arena: Arena, texts: list[str]) -> dict[str, Any]:
     """Put every text in every place; returns the figures."""
     asker, statuses, leaks, errors, slow = Asker(arena.server.url), Counter[str](), list[str](), set[str](), 0.0
-    everywhere = list(places())
+    everywhere = list({(one.method, one.route, one.kind, one.name): one for one in reversed([*places()])}.values())[
+        ::-1
+    ]
     own = (arena.studies, arena.home, arena.temporary, arena.server.log)
     before = snapshot(root, own)
     watch = Watch(
@@ -239,7 +243,7 @@ def ask_all(root: Path, arena: Arena, texts: list[str]) -> dict[str, Any]:
     )
     started, requests = time.monotonic(), 0
     for place in everywhere:
-        for text in texts if place.route not in SLOW else texts[:: max(1, len(texts) // SLOW_TEXTS)]:
+        for text in texts[:: _every(place, len(texts))]:
             for raw in (False, True):
                 began = time.monotonic()
                 status, answer = asker.ask(place, text, raw=raw)
@@ -268,6 +272,13 @@ def ask_all(root: Path, arena: Arena, texts: list[str]) -> dict[str, Any]:
         "server_errors": sorted(errors),
         "alive": arena.process.is_running(),
     }
+
+
+def _every(place: Place, count: int) -> int:
+    """Return of how many texts one is tried in a place."""
+    if place.route in SLOW:
+        return max(1, count // SLOW_TEXTS)
+    return JSON_EVERY if place.kind == "json" and count > JSON_EVERY**2 else 1
 
 
 def holds(figures: dict[str, Any]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import re
 from collections import deque
 from collections.abc import Mapping
 from enum import Enum
@@ -58,6 +59,9 @@ INFER_OPTIONS = frozenset(
     }
 )
 """What a client may ask of a prediction; whatever else it sends goes no further."""
+
+
+_CHECKSUM = re.compile(r"((SHA256|SHA512|MD5):)?[0-9a-fA-F]+")
 
 
 class DicomResult(str, Enum):
@@ -193,7 +197,9 @@ def download_image(user: AnyUser, image: str) -> Any:
 
 
 def check_image(user: AnyUser, image: str, check_sum: str | None = None) -> Any:
-    """Say whether there is an image, by 200 or 404."""
+    """Say whether there is an image, by 200 or 404; with a checksum, whether it is this one."""
+    if check_sum and not _CHECKSUM.fullmatch(check_sum):
+        raise HTTPException(400, "check_sum is odd: expected SHA256:, SHA512: or MD5: and hexadecimal digits.")
     return datastore.download_image(image, check_only=True, check_sum=check_sum)
 
 
