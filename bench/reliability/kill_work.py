@@ -64,9 +64,9 @@ class _InFolder:
 
     def sweep(self) -> list[str]:
         _make_old(self.folder)
-        unfinished(lambda: folders_below(self.folder))
         for place in self.places():
             remove_abandoned(place, patterns=("*",))
+        unfinished(lambda: folders_below(self.folder))
         left = list(self.folder.rglob(".*.part"))
         left += [path for place in self.places() if place.is_dir() for path in place.iterdir()]
         return [str(path.relative_to(self.folder)) for path in left]

@@ -13,7 +13,7 @@ from arena import Arena
 from traversals import traversals
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="what is looked at is in /proc and told by inotify")
-EVERY = 16
+EVERY = 13
 
 
 def test_bad_files_are_refused_and_leave_nothing(tmp_path: Path) -> None:
