@@ -334,7 +334,6 @@ def _lay_out(headers: list[_Header], max_voxels: int) -> _Layout:
     first = headers[0][1]
     orientation = _numbers(*headers[0], "ImageOrientationPatient", 6)
     pixel_spacing = _numbers(*headers[0], "PixelSpacing", 2)
-    check_spacing(pixel_spacing.tolist())
     _check_one_origin([dataset for _, dataset in headers])
     _check_alike(headers, orientation, pixel_spacing)
     if len(headers) < MIN_VOXELS_PER_AXIS:
@@ -350,6 +349,7 @@ def _lay_out(headers: list[_Header], max_voxels: int) -> _Layout:
     ordered, positions = [headers[i] for i in order], positions[order]
     spacing = _slice_spacing(ordered, positions, axes)
     pixel_xy = pixel_spacing[::-1]  # PixelSpacing is row distance (along y) first
+    check_spacing([*pixel_xy.tolist(), spacing])
     untilted = _grid(shape, axes, np.array([*pixel_xy, spacing]), positions[0])
     stack = SeriesStack(untilted, tuple(dataset for _, dataset in ordered), np.zeros((len(ordered), 2), int), shape)
     if _is_tilted(positions, axes):
