@@ -25,7 +25,7 @@ def test_a_bad_nifti_is_refused(name: str, tmp_path: Path) -> None:
     filename, content = SMALL[name]
     path = tmp_path / filename
     path.write_bytes(content)
-    with pytest.raises(CaseError, match=rf"^{filename}: .{{20}}"):
+    with pytest.raises(CaseError, match=rf"^{filename}: (?!{filename}).{{20}}"):
         read_volume(path)
 
 
@@ -75,7 +75,7 @@ def test_a_bomb_is_refused_by_its_header_and_size(tmp_path: Path, monkeypatch: p
     shape = (512, 512, LARGE_VOXELS // 512**2 + 1)
     voxels = int(np.prod(shape))
     grid = Grid(shape, np.diag([1.0, 1.0, 2.0, 1.0]))
-    monkeypatch.setattr("mshub.volume_io.read_grid", lambda *_, **__: grid)
+    monkeypatch.setattr("mshub.volume_io._grid_of", lambda *_, **__: grid)
     monkeypatch.setattr("mshub.volume_io._read", lambda *_: pytest.fail("it was read"))
     path.write_bytes(bytes(voxels // MAX_VOXELS_PER_BYTE - 1))
     with pytest.raises(CaseError, match=r"no scan\s+shrinks so far"):
