@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 from uuid import uuid4
+
+_PART = re.compile(r"\.[0-9a-f]{32}\.part")
 
 
 @contextmanager
@@ -25,9 +30,38 @@ def replacing(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
             stream.flush()
             os.fsync(stream.fileno())
         part.replace(path)
+        _sync_folder(path.parent)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring a renaming onto the disk: without it a power cut can undo what was acknowledged."""
+    if os.name != "posix":
+        return
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems know no such thing
+            raise
+    finally:
+        os.close(opened)
+
+
+def remove_unfinished(folders: Iterable[Path], unused_s: float) -> int:
+    """Remove what killed writers left in folders: files that nobody wrote to for so long. Returns how many."""
+    removed = 0
+    for folder in folders:
+        for path in folder.glob(".*.part"):
+            try:
+                if _PART.fullmatch(path.name) and time.time() - path.lstat().st_mtime >= unused_s:
+                    path.unlink()
+                    removed += 1
+            except OSError:  # somebody else was faster, or may and we may not
+                continue
+    return removed
 
 
 def for_the_owner(path: str, flags: int) -> int:

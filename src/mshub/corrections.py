@@ -16,7 +16,7 @@ import numpy as np
 from mshub.errors import LabelError
 from mshub.geometry import Grid, Volume, check_same_grid
 from mshub.label_rules import BACKGROUND, fold, similar_names
-from mshub.volume_io import read_volume
+from mshub.volume_io import read_grid, read_volume
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ def read_correction(path: Path, segments: Any, image: Grid, known: Collection[st
         The file cannot be read, or lies on another grid than the image.
     """
     numbered = _numbered(segments, known)
+    check_same_grid(read_grid(path), image, "the label", "the image")  # first: the voxels may be more than memory holds
     volume = read_volume(path, allow_constant=True)
-    check_same_grid(volume.grid, image, "the label", "the image")
     _refuse_fractions(volume)
     counts = _counts(volume)
     nameless = sorted(set(counts) - {0} - set(numbered.values()))

@@ -58,7 +58,10 @@ UNIT_TOLERANCE = 1e-2
 _NOT_A_SCAN = ("1.2.840.10008.5.1.4.1.1.481.", "1.2.840.10008.5.1.4.1.1.66")
 _TAGS = [
     "SOPClassUID",
+    "StudyInstanceUID",
     "SeriesInstanceUID",
+    "FrameOfReferenceUID",
+    "PatientID",
     "SeriesDescription",
     "Modality",
     "Rows",
@@ -331,6 +334,7 @@ def _lay_out(headers: list[_Header], max_voxels: int) -> _Layout:
     first = headers[0][1]
     orientation = _numbers(*headers[0], "ImageOrientationPatient", 6)
     pixel_spacing = _numbers(*headers[0], "PixelSpacing", 2)
+    _check_one_origin([dataset for _, dataset in headers])
     _check_alike(headers, orientation, pixel_spacing)
     if len(headers) < MIN_VOXELS_PER_AXIS:
         raise GeometryError(
@@ -345,6 +349,7 @@ def _lay_out(headers: list[_Header], max_voxels: int) -> _Layout:
     ordered, positions = [headers[i] for i in order], positions[order]
     spacing = _slice_spacing(ordered, positions, axes)
     pixel_xy = pixel_spacing[::-1]  # PixelSpacing is row distance (along y) first
+    check_spacing([*pixel_xy.tolist(), spacing])
     untilted = _grid(shape, axes, np.array([*pixel_xy, spacing]), positions[0])
     stack = SeriesStack(untilted, tuple(dataset for _, dataset in ordered), np.zeros((len(ordered), 2), int), shape)
     if _is_tilted(positions, axes):
@@ -391,6 +396,7 @@ def _check_plain_slice(file: Path, dataset: Any) -> None:
             f"{file.name} is a multi-frame object of {frames} frames ({_class_name(dataset)}), expected one slice "
             "per file; convert it to NIfTI, e.g. with dcm2niix or 3D Slicer"
         )
+    _check_rescaling(file, dataset)
     samples = int(dataset.get("SamplesPerPixel") or 1)
     kind = str(dataset.get("PhotometricInterpretation") or "MONOCHROME2")
     # MONOCHROME1 (low is white) comes out of GDCM with its bits inverted: HU no more
@@ -400,6 +406,28 @@ def _check_plain_slice(file: Path, dataset: Any) -> None:
             f"{file.name} {found} ({_class_name(dataset)}), expected one grey value per pixel (MONOCHROME2); give the "
             "original scan, not a colour or inverted copy"
         )
+
+
+def _check_rescaling(file: Path, dataset: Any) -> None:
+    """Refuse a slope or intercept that is no number, or a slope of 0: GDCM takes 1 for it in silence."""
+    slope, intercept = dataset.get("RescaleSlope"), dataset.get("RescaleIntercept")
+    values = [float(value) for value in (slope, intercept) if value is not None]
+    if not np.isfinite(values).all() or (slope is not None and float(slope) == 0):
+        raise CaseError(
+            f"{file.name} has RescaleSlope {slope} and RescaleIntercept {intercept}, expected numbers, and no slope of "
+            "0; export the series again"
+        )
+
+
+def _check_one_origin(datasets: Sequence[Any]) -> None:
+    """Refuse slices of several patients under one series, as bad anonymisation leaves them; nothing of them is said."""
+    for keyword in ("PatientID", "StudyInstanceUID", "FrameOfReferenceUID"):
+        found = {str(dataset.get(keyword) or "") for dataset in datasets}
+        if len(found) > 1:
+            raise GeometryError(
+                f"found {len(found)} values of {keyword} under one Series Instance UID, expected one; the folder mixes "
+                "scans: copy each into a folder of its own"
+            )
 
 
 def _check_alike(headers: list[_Header], orientation: _Vector, pixel_spacing: _Vector) -> None:
@@ -525,8 +553,8 @@ def _numbers(file: Path, dataset: Any, keyword: str, count: int) -> _Vector:
 def _check_complete(file: Path, dataset: Any) -> None:
     """Refuse a slice of which bytes are missing: GDCM fills it up with zeros, without a word."""
     syntax = UID(str(dataset.file_meta.get("TransferSyntaxUID") or ""), pydicom.config.IGNORE)
-    if syntax.is_transfer_syntax and syntax.is_compressed:
-        return
+    if syntax.is_private or (syntax.is_transfer_syntax and syntax.is_compressed):
+        return  # GDCM says what it cannot decode
     expected = -(-int(dataset.Rows) * int(dataset.Columns) * int(dataset.get("BitsAllocated") or 16) // 8)
     found = len(_read_pixels(file))
     if 0 < found < expected:

@@ -77,10 +77,7 @@ def read_nifti(path: Path, max_voxels: int) -> Volume:
         raw = header.raw_data_from_fileobj(stream)
         # reading on to the end is what makes gzip compare the checksum
         if len(stream.read(TRAILING_BYTES + 1)) > TRAILING_BYTES:
-            raise CaseError(
-                f"found more data than the {raw.nbytes} bytes that the header announces, expected none; the header "
-                "does not belong to the data: export the image again"
-            )
+            raise _trailing(raw.nbytes)
     return Volume(_scaled(raw, header), grid)
 
 
@@ -129,11 +126,20 @@ def _opened(path: Path) -> io.BufferedIOBase:
 
 
 def _check_enough_bytes(path: Path, header: Any) -> None:
-    """Refuse a file that cannot hold its voxels before memory is set aside for them."""
+    """Refuse a file that cannot hold its voxels before memory is set aside for them, or that holds far more."""
     expected = header.get_data_offset() + int(np.prod(header.get_data_shape())) * header.get_data_dtype().itemsize
-    ratio = MAX_GZIP_RATIO if _zipped(path) else 1
-    if path.stat().st_size * ratio < expected:
-        raise truncated(f"{path.stat().st_size} bytes cannot hold the {expected} bytes that the header announces")
+    found, ratio = path.stat().st_size, MAX_GZIP_RATIO if _zipped(path) else 1
+    if found * ratio < expected:
+        raise truncated(f"{found} bytes cannot hold the {expected} bytes that the header announces")
+    if not _zipped(path) and found > expected + TRAILING_BYTES:
+        raise _trailing(expected)
+
+
+def _trailing(announced: int) -> CaseError:
+    return CaseError(
+        f"found more data than the {announced} bytes that the header announces, expected none; the header does not "
+        "belong to the data: export the image again"
+    )
 
 
 def _scaled(raw: Array, header: Any) -> Array:
@@ -162,8 +168,10 @@ def _sound_header(stream: io.BufferedIOBase, max_voxels: int) -> Any:
             "this is an Analyze or two-file (.hdr/.img) header, expected a single NIfTI file; convert it, e.g. with "
             "3D Slicer"
         )
+    _check_byte_order(raw, size)
     _check_header_shape(raw, max_voxels)
     _check_header_type(raw)
+    _check_header_numbers(raw)
     _check_header_lengths(raw)
     return header_class(block, check=True)
 
@@ -193,6 +201,30 @@ def _check_header_type(raw: Any) -> None:
         raise CaseError("found complex voxels, expected real ones; save the magnitude image")
     if dtype.kind not in "iuf":
         raise CaseError(f"found voxels of type {dtype}, expected integers or floating-point numbers; convert the image")
+
+
+def _check_byte_order(raw: Any, little_endian_size: int) -> None:
+    """Refuse a header in two byte orders: nibabel and ITK look at different fields to tell."""
+    if (raw.endianness == "<") != (little_endian_size in _HEADERS):
+        raise CaseError("found two byte orders in the header, expected one; the header is damaged: export it again")
+
+
+def _check_header_numbers(raw: Any) -> None:
+    """Refuse numbers that readers mend in silence, each in its way. NaN as slope is how nibabel writes that it is 1."""
+    slope, offset = float(raw["scl_slope"]), float(raw["vox_offset"])
+    if np.isinf(slope):
+        raise CaseError("found an infinite scl_slope in the header, expected a number; export the image again")
+    if not offset.is_integer():
+        raise CaseError(
+            f"found the voxels to begin at byte {offset:g} (vox_offset), expected a whole number; the header is "
+            "damaged: export the image again"
+        )
+    stated, needed = int(raw["bitpix"]), 8 * raw.get_data_dtype().itemsize
+    if stated not in (0, needed):
+        raise CaseError(
+            f"found {stated} bits per voxel (bitpix) for the type {raw.get_data_dtype()}, expected {needed}; which is "
+            "right cannot be told: export the image again"
+        )
 
 
 def _check_header_lengths(raw: Any) -> None:

@@ -8,6 +8,7 @@ Writing is atomic: a reader sees the old file or the whole new one.
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 
 from mshub.dicom_series import read_series, read_series_grid
@@ -16,13 +17,16 @@ from mshub.geometry import Array, Grid, Volume
 from mshub.image_file import extension_of, named, reading
 from mshub.image_limits import MAX_VOXELS, check_values
 from mshub.itk_files import read_itk, read_itk_grid, write_nrrd
-from mshub.nifti import read_nifti, read_nifti_grid, write_nifti
+from mshub.nifti import MAX_GZIP_RATIO, read_nifti, read_nifti_grid, write_nifti
 
 __all__ = ["READABLE", "WRITABLE", "read_grid", "read_volume", "write_nifti", "write_nrrd", "write_volume"]
 
 _NIFTI = (".nii", ".nii.gz")
 READABLE = (*_NIFTI, ".nrrd", ".mha", ".mhd")
 WRITABLE = (*_NIFTI, ".nrrd")
+#: Scans shrink to a third or so, padded ones further; beyond this a file above `LARGE_VOXELS` is no scan.
+MAX_VOXELS_PER_BYTE = 200
+LARGE_VOXELS = 2**24
 
 
 def read_volume(
@@ -55,6 +59,8 @@ def read_volume(
         Not 3-D, or no usable grid.
     """
     with named(path):
+        if path.is_file() and not allow_constant:
+            _refuse_bomb(path, max_voxels)
         volume = _read(path, series_uid, max_voxels)
         check_values(volume.array_xyz, allow_constant=allow_constant)
         return volume
@@ -65,10 +71,7 @@ def read_grid(path: Path, *, series_uid: str | None = None, max_voxels: int = MA
     with named(path):
         if path.is_dir():
             return read_series_grid(path, series_uid=series_uid, max_voxels=max_voxels)
-        extension = _readable_extension(path)
-        with reading(path):
-            read = read_nifti_grid if extension in _NIFTI else read_itk_grid
-            return read(path, max_voxels)
+        return _grid_of(path, max_voxels)
 
 
 def write_volume(path: Path, array_xyz: Array, grid: Grid, *, compress: bool = True) -> None:
@@ -111,6 +114,26 @@ def _read(path: Path, series_uid: str | None, max_voxels: int) -> Volume:
     with reading(path):
         read = read_nifti if extension in _NIFTI else read_itk
         return read(path, max_voxels)
+
+
+def _grid_of(path: Path, max_voxels: int) -> Grid:
+    extension = _readable_extension(path)
+    with reading(path):
+        read = read_nifti_grid if extension in _NIFTI else read_itk_grid
+        return read(path, max_voxels)
+
+
+def _refuse_bomb(path: Path, max_voxels: int) -> None:
+    """Refuse a file that would fill memory with next to nothing; a label may be so, and is as large as its image."""
+    shape = _grid_of(path, max_voxels).shape_xyz
+    voxels, nbytes = prod(shape), path.stat().st_size
+    if extension_of(path) in _NIFTI and voxels > nbytes * MAX_GZIP_RATIO:
+        return  # cut: what reads it says so, before it sets memory aside
+    if voxels > LARGE_VOXELS and voxels > nbytes * MAX_VOXELS_PER_BYTE:
+        raise CaseError(
+            f"found {nbytes} bytes for {voxels} voxels, expected at least one for {MAX_VOXELS_PER_BYTE}: no scan "
+            "shrinks so far, the file holds the same value nearly everywhere; export the image again"
+        )
 
 
 def _readable_extension(path: Path) -> str:

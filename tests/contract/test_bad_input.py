@@ -85,7 +85,7 @@ def test_a_bad_image_is_refused_with_its_fault_named(site: Site, fault: str, tmp
 
 
 def _uploads() -> set[Path]:
-    return set(Path(tempfile.gettempdir()).glob("tmp*.nii.gz"))
+    return set(Path(tempfile.gettempdir()).glob("mshub-server-*/**/*.nii.gz"))
 
 
 REQUESTS: dict[str, tuple[str, str, object, int, str]] = {

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import threading
+import time
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
 import pytest
 
-from mshub.atomic_file import replace_by_copy, replace_json, replace_text, replacing
+from mshub.atomic_file import remove_unfinished, replace_by_copy, replace_json, replace_text, replacing
 
+FOLDER = -1
 OLD = "old\n"
 
 
@@ -69,19 +72,23 @@ def test_a_rename_that_fails_leaves_the_old_file_and_nothing_else(path: Path, mo
     assert names(path.parent) == ["file.json"]
 
 
-def test_the_old_file_is_there_until_the_last_byte_is_on_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_old_file_is_there_until_the_last_byte_is_on_disk_and_then_the_new_name_too(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     synced: list[tuple[str, int]] = []
     fsync = os.fsync
 
     def look_and_sync(descriptor: int) -> None:
-        synced.append((path.read_text(), os.fstat(descriptor).st_size))
+        found = os.fstat(descriptor)
+        is_folder = stat.S_ISDIR(found.st_mode) and found.st_ino == path.parent.stat().st_ino
+        synced.append((path.read_text(), FOLDER if is_folder else found.st_size))
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", look_and_sync)
     with replacing(path) as stream:
         stream.write(b"new, of 20 bytes.....")
         assert path.read_text() == OLD
-    assert synced == [(OLD, 21)]
+    assert synced == [(OLD, 21), ("new, of 20 bytes.....", FOLDER)]
     assert path.read_text() == "new, of 20 bytes....."
     assert names(path.parent) == ["file.json"]
 
@@ -176,3 +183,13 @@ def test_a_copy_of_nothing_leaves_the_old_file(path: Path, tmp_path: Path) -> No
         replace_by_copy(tmp_path / "missing", path)
     assert path.read_text() == OLD
     assert names(path.parent) == ["file.json"]
+
+
+def test_what_killed_writers_left_is_removed_once_it_is_old(tmp_path: Path) -> None:
+    left, writing, other = tmp_path / f".{'a' * 32}.part", tmp_path / f".{'b' * 32}.part", tmp_path / ".mine.part"
+    for path in (left, writing, other):
+        path.write_text("x")
+    for path in (left, other):
+        os.utime(path, (time.time() - 100,) * 2)
+    assert remove_unfinished([tmp_path, tmp_path / "nowhere"], 60) == 1
+    assert names(tmp_path) == sorted([writing.name, other.name])

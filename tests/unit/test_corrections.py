@@ -115,3 +115,11 @@ def test_what_is_no_image_is_refused(tmp_path: Path, content: bytes) -> None:
     path.write_bytes(content)
     with pytest.raises(CaseError):
         read_correction(path, scene(liver=1), IMAGE, KNOWN)
+
+
+def test_a_label_of_another_grid_is_refused_before_its_voxels_are_read(
+    label: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mshub.corrections.read_volume", lambda *_, **__: pytest.fail("it was read"))
+    with pytest.raises(GeometryError):
+        read_correction(label, scene(spleen=1, liver=3), Grid((7, 9, 6), AFFINE), KNOWN)

@@ -32,7 +32,7 @@ from lib.digests import Digests
 from lib.exports import check_format, export_label, export_prediction
 from lib.faults import as_http_errors, not_found
 from lib.infers import NNUNetInferTask, results_folder
-from lib.janitor import Janitor, keep, remove_abandoned, trim
+from lib.janitor import ANYTHING, Janitor, folders_below, keep, remove_abandoned, trim, unfinished
 from lib.pacs import PacsStudies
 from lib.pacs_client import PacsClient
 from lib.sessions import UploadSessions
@@ -205,9 +205,14 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         """Yield what the janitor does."""
         yield partial(keep, results_folder())
         yield remove_abandoned
+        yield partial(remove_abandoned, self.store.home / "staging", names=ANYTHING)
+        yield partial(unfinished, partial(folders_below, self.store.home))
         yield partial(trim, self.store.prepared_networks, PREPARED_BYTES)
         datastore = self.datastore()
+        if isinstance(datastore, StudiesFolder) and not settings.MONAI_LABEL_DATASTORE_READ_ONLY:
+            yield partial(unfinished, datastore.unfinished_in)
         if isinstance(datastore, PacsStudies):
+            yield partial(remove_abandoned, datastore.pending, names=ANYTHING)
             yield partial(datastore.trim_copies, int(self.config.disk_gb * 2**30))
 
     def _load_sessions(self, load: bool = False) -> UploadSessions | None:

@@ -23,12 +23,14 @@ from lib import audit
 from lib.faults import as_http_errors, check_name
 from lib.free_space import check_space
 from lib.index_file import back_up, back_up_last, plain, recover
+from lib.label_note import LabelNote
 from lib.reviews import patient_of, reviewed_case
 from mshub.agreement import agreement
 from mshub.atomic_file import replace_by_copy, replace_json
 from mshub.card_tables import Channel
 from mshub.case_folders import PATIENTS, read_patients
 from mshub.cases import ReviewedCase
+from mshub.checksums import file_sha256
 from mshub.corrections import Correction, read_correction
 from mshub.doubts import label_doubts
 from mshub.errors import MSHubError
@@ -82,6 +84,7 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
             path, extensions=[f"*{ending}" for ending in IMAGE_ENDINGS], auto_reload=auto_reload, read_only=read_only
         )
         if not read_only:
+            self._settle_at_start()
             back_up(index)
 
         if auto_reload:
@@ -129,7 +132,7 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
         return info
 
     def add_image(self, image_id: str, image_filename: str, image_info: dict[str, Any]) -> str:
-        """Store an uploaded image under a checked id."""
+        """Store an uploaded image under a checked id, once it has been read to its end."""
         if image_id:
             check_name("image id", image_id)
         if not image_filename.endswith(IMAGE_ENDINGS):
@@ -141,6 +144,8 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
             check_space(Path(self._datastore.image_path()), Path(image_filename).stat().st_size)
         ending = _ending(image_filename)
         name = (image_id or Path(image_filename).name.removesuffix(ending)) + ending
+        with as_http_errors():
+            read_volume(Path(image_filename))
         with self._adding:
             if (Path(self._datastore.image_path()) / name).exists() or self._to_id(name)[0] in self._datastore.objects:
                 raise HTTPException(
@@ -336,25 +341,71 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
         with as_http_errors():
             check_space(Path(self._datastore.image_path()), 2 * path.stat().st_size)  # and the one it replaces
         with FileLock(self._lock_file):
-            labels, folder = self._datastore.objects[image_id].labels, Path(self._datastore.label_path(tag))
-            old = labels.get(tag)
-            if old is not None and tag != DefaultLabelTag.ORIGINAL.value:
-                self._put_aside(image_id, tag, labels)
-            replace_by_copy(path, folder / (image_id + ending))
-            if old is not None and old.ext != ending:
-                (folder / (image_id + old.ext)).unlink(missing_ok=True)
+            self._settle()
+            old = self._datastore.objects[image_id].labels.get(tag)
             stored = plain({**info, "ts": int(time.time()), "name": image_id + ending})
-            labels[tag] = DataModel(info=stored, ext=ending)
-            self._update_datastore_file(lock=False)
+            labels, copy = {tag: {"ext": ending, "info": stored}}, ""
+            if old is not None and tag != DefaultLabelTag.ORIGINAL.value:
+                aside = self._next_version(image_id)
+                labels[aside] = {"ext": old.ext, "info": {**old.info, "replaced_tag": tag}}
+                copy = f"{aside}/{image_id}{old.ext}"
+            note = LabelNote(image_id, f"{tag}/{image_id}{ending}", file_sha256(path), labels, copy)
+            note.write(self._labels_folder)
+            try:
+                if old is not None and copy:
+                    replace_by_copy(self._labels_folder / tag / (image_id + old.ext), self._labels_folder / copy)
+                replace_by_copy(path, self._labels_folder / note.file)
+            finally:
+                self._settle()
             back_up_last(Path(self._datastore_config_path))
         return image_id
 
-    def _put_aside(self, image_id: str, tag: str, labels: dict[str, DataModel]) -> None:
-        """Copy the label that is about to be replaced to the next ``version_N``, which the Reviewer tool shows."""
-        version, old = self._next_version(image_id), labels[tag]
-        name = image_id + old.ext
-        replace_by_copy(Path(self._datastore.label_path(tag)) / name, Path(self._datastore.label_path(version)) / name)
-        labels[version] = DataModel(info={**old.info, "replaced_tag": tag}, ext=old.ext)
+    @property
+    def _labels_folder(self) -> Path:
+        return Path(self._datastore.label_path(None))
+
+    def _settle(self) -> None:
+        """Let the index say what is so, where a label was being stored: the new one is in place, or the old one is."""
+        folder = self._labels_folder
+        note = LabelNote.read(folder)
+        if note is None or note.image not in self._datastore.objects:
+            return LabelNote.remove(folder)
+        labels = self._datastore.objects[note.image].labels
+        if note.is_done(folder):
+            there = {
+                tag for tag, known in note.labels.items() if (folder / tag / (note.image + known["ext"])).is_file()
+            }
+            labels.update({tag: DataModel(**known) for tag, known in note.labels.items() if tag in there})
+            self._update_datastore_file(lock=False)
+            for ending in IMAGE_ENDINGS:
+                other = folder / Path(note.file).parent / (note.image + ending)
+                if other != folder / note.file:
+                    other.unlink(missing_ok=True)
+        elif note.copy:
+            (folder / note.copy).unlink(missing_ok=True)
+            if labels.pop(Path(note.copy).parts[0], None) is not None:
+                self._update_datastore_file(lock=False)
+        return LabelNote.remove(folder)
+
+    def _reconcile_datastore(self) -> None:
+        """Take in what is in the folder; a full disk is no reason not to start, as all of it is found again."""
+        try:
+            super()._reconcile_datastore()
+        except OSError as error:
+            logger.error("the index cannot be written: %s", error)
+
+    def _settle_at_start(self) -> None:
+        """Make good what a server left that was killed; on a full disk only in memory, so that it starts."""
+        try:
+            with FileLock(self._lock_file):
+                self._settle()
+        except OSError as error:
+            logger.error("the index cannot be written: %s", error)
+
+    def unfinished_in(self) -> list[Path]:
+        """Return the folders in which files are written that are renamed once they are whole."""
+        labels = self._labels_folder
+        return [Path(self._datastore_path), *(path for path in labels.glob("*") if path.is_dir()), labels]
 
     def _next_version(self, image_id: str) -> str:
         labels = self._datastore.objects[image_id].labels

@@ -11,7 +11,8 @@ from fastapi import HTTPException
 
 from mshub.errors import Busy, MSHubError
 
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+LONGEST_NAME = 200
+_NAME = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9_.-]{{0,{LONGEST_NAME - 1}}}")
 
 
 def http_error(error: MSHubError) -> HTTPException:
@@ -41,5 +42,7 @@ def check_name(what: str, name: str) -> None:
     """Refuse an id or tag that could be more than a file name."""
     if not _NAME.fullmatch(name) or ".." in name:
         raise HTTPException(
-            400, f"The {what} {name[:80]!r} is refused: expected letters, digits, '.', '_' and '-', without '..'."
+            400,
+            f"The {what} {name[:80]!r} is refused: expected up to {LONGEST_NAME} letters, digits, '.', '_' and '-', "
+            "without '..'.",
         )

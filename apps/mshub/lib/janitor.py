@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from mshub.atomic_file import remove_unfinished
 
 logger = logging.getLogger(__name__)
 
 EVERY_S = 3600.0
 ABANDONED_S = 24 * 3600.0
 """Temporary files that nobody changed for so long belong to a server that was killed."""
-TEMPORARY = re.compile(r"mshub-(results|export|reading)-\w{8}(\.[a-z.]+)?")
+UNFINISHED_S = 3600.0
+"""Files that are renamed once they are whole, and that nobody wrote to for so long, never will be."""
+SERVER = "mshub-server-"
+TEMPORARY = re.compile(r"mshub-(server|results|export|reading|upload)-\w{8}(\.[a-z.]+)?")
 """What MSHub calls its temporary files and folders: a folder of somebody's own may begin with mshub as well."""
+ANYTHING = re.compile(".*")
 
 
 class Janitor:
@@ -66,13 +74,41 @@ def trim(folder: Path, most_bytes: int, unused_s: float = ABANDONED_S) -> str:
     return f"{removed} files of {folder.name}" if removed else ""
 
 
-def remove_abandoned(folder: Path | None = None, unused_s: float = ABANDONED_S) -> str:
-    """Remove what servers that were killed left in the folder of temporary files.
+@contextmanager
+def own_temporary_folder() -> Iterator[Path]:
+    """Give this process a folder for its temporary files: uploads are in nobody's way, and gone when it ends.
 
-    A server that lives says so of its own by changing the folder's time, see `keep`.
+    One that is killed leaves its folder, which `remove_abandoned` knows by its name.
     """
-    folder, removed = folder or Path(tempfile.gettempdir()), 0
-    for path in (path for path in folder.iterdir() if TEMPORARY.fullmatch(path.name)):
+    before, folder = tempfile.tempdir, Path(tempfile.mkdtemp(prefix=SERVER))
+    tempfile.tempdir = str(folder)
+    try:
+        yield folder
+    finally:
+        tempfile.tempdir = before
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def unfinished(folders: Callable[[], Iterable[Path]]) -> str:
+    """Remove what was being written when a server was killed."""
+    removed = remove_unfinished(folders(), UNFINISHED_S)
+    return f"{removed} unfinished files" if removed else ""
+
+
+def folders_below(folder: Path) -> Iterator[Path]:
+    """Yield a folder and all in it."""
+    return (Path(path) for path, _, _ in os.walk(folder))
+
+
+def remove_abandoned(
+    folder: Path | None = None, unused_s: float = ABANDONED_S, names: re.Pattern[str] = TEMPORARY
+) -> str:
+    """Remove what servers that were killed left in the folder of temporary files, or in another one.
+
+    A server that lives says so of its own by changing the time of a folder in it, see `keep`.
+    """
+    folder, removed = folder or _shared_temporary_folder(), 0
+    for path in [path for path in folder.glob("*") if names.fullmatch(path.name)]:
         try:
             if time.time() - _changed(path) < unused_s or path.is_symlink():
                 continue
@@ -87,6 +123,11 @@ def keep(folder: Path) -> str:
     """Tell the janitors of this machine that a temporary folder is in use, though nothing changes in it."""
     folder.touch()
     return ""
+
+
+def _shared_temporary_folder() -> Path:
+    folder = Path(tempfile.gettempdir())
+    return folder.parent if folder.name.startswith(SERVER) else folder
 
 
 def _changed(path: Path) -> float:

@@ -198,6 +198,11 @@ class PacsStudies(StudiesFolder):
         item = self._datastore.objects.get(image_id)
         return not (item and item.labels) and self._files.drop(image_id, unused_s)
 
+    @property
+    def pending(self) -> Path:
+        """Where series are that are being downloaded."""
+        return self._files.pending
+
     def trim_copies(self, most_bytes: int) -> str:
         """Remove the copies of series nobody asked for longest; see `SeriesFiles.trim`. The PACS has them all."""
         return self._files.trim(most_bytes, UNUSED_S)

@@ -50,6 +50,11 @@ class SeriesFiles:
         self._locks: dict[str, threading.Lock] = defaultdict(threading.Lock)
         self._asked_for: dict[str, float] = {}
 
+    @property
+    def pending(self) -> Path:
+        """Where series are that are being downloaded; beside the copies, as MONAI Label watches their folder."""
+        return self.folder.with_name(f"{self.folder.name}.pending")
+
     def path(self, series: str) -> Path:
         """Return where the volume of a series is, or would be."""
         return self.folder / f"{series}{VOLUME}"
@@ -149,9 +154,8 @@ class SeriesFiles:
         return self.folder / "headers" / series
 
     def _fetch(self, study: str, series: str, listed: int, progress: Progress) -> None:
-        pending = self.folder.with_name(f"{self.folder.name}.pending")  # beside: MONAI Label watches the folder itself
-        pending.mkdir(exist_ok=True)
-        work = Path(tempfile.mkdtemp(dir=pending))
+        self.pending.mkdir(exist_ok=True)
+        work = Path(tempfile.mkdtemp(dir=self.pending))
         try:
             download(self._client, study, series, work / "files", listed, progress)
             volume = read_series(work / "files", series_uid=series)

@@ -12,6 +12,8 @@ from uuid import uuid4
 from fastapi import HTTPException
 from monailabel.utils.sessions import SessionInfo, Sessions
 
+from mshub.atomic_file import replace_text
+
 logger = logging.getLogger(__name__)
 
 LONGEST_S = 24 * 3600
@@ -62,8 +64,19 @@ class UploadSessions(Sessions):  # type: ignore[misc]
             return None
         if found is not None and update_ts:
             found.last_access_ts = int(time.time())
-            self._write_meta_info(session_id, found)
+            self._note_use(session_id, found)
         return found
+
+    def _note_use(self, session_id: str, found: SessionInfo) -> None:
+        """Note when a session was used last; what cannot be noted, as on a full disk, is no reason to refuse it."""
+        try:
+            self._write_meta_info(session_id, found)
+        except OSError as error:
+            logger.warning("the use of a session is not noted: %s", error)
+
+    def _write_meta_info(self, session_id: str, session_info: SessionInfo) -> None:
+        """Write a session's description whole or not at all: without it the session is lost."""
+        replace_text(Path(self.store_path) / session_id / "meta.info", session_info.to_str())
 
     def remove_expired(self) -> int:
         """Remove what has ended, and what is left of uploads that broke off; returns how many."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import re
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +16,17 @@ import pytest
 from monailabel.interfaces.app import MONAILabelApp
 
 from lib.infers import results_folder
-from lib.janitor import TEMPORARY, Janitor, keep, remove_abandoned, trim
+from lib.janitor import (
+    ABANDONED_S,
+    TEMPORARY,
+    Janitor,
+    folders_below,
+    keep,
+    own_temporary_folder,
+    remove_abandoned,
+    trim,
+    unfinished,
+)
 from lib.sessions import UNFINISHED_S, UploadSessions
 
 DAY = 24 * 3600.0
@@ -141,3 +153,60 @@ def test_monai_label_sweeps_the_sessions_of_before_a_restart(sessions: UploadSes
     (Path(info.path) / "meta.info").write_text(json.dumps(aged_info))
     MONAILabelApp.cleanup_sessions(SimpleNamespace(_sessions=UploadSessions(sessions.store_path, 3600)))
     assert not Path(info.path).exists()
+
+
+def test_a_session_survives_a_disk_that_is_full_when_its_use_is_noted(
+    sessions: UploadSessions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number, _ = sessions.add_session(upload(tmp_path))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mshub.atomic_file.os.fsync", full)
+        assert sessions.get_session(number) is not None
+    assert UploadSessions(sessions.store_path, 3600).get_session(number) is not None
+
+
+# -- temporary files --------------------------------------------------------------------------------------------------
+
+
+def test_a_server_has_a_temporary_folder_of_its_own_that_goes_with_it(tmp_path: Path) -> None:
+    before = tempfile.gettempdir()
+    with own_temporary_folder() as folder:
+        with tempfile.NamedTemporaryFile(delete=False) as file:
+            assert Path(file.name).parent == folder
+        os.utime(folder, (0, 0))
+        remove_abandoned(folder.parent, unused_s=10**9)
+        keep(folder)
+        remove_abandoned(unused_s=60)
+        assert folder.is_dir(), "it is in use"
+    assert not folder.exists()
+    assert tempfile.gettempdir() == before
+
+
+def test_folders_of_servers_that_were_killed_are_swept_from_where_they_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left = tmp_path / "mshub-server-left1234"
+    left.mkdir()
+    (left / "tmp.nii.gz").write_text("x")
+    for path in (left / "tmp.nii.gz", left):
+        os.utime(path, (time.time() - 2 * ABANDONED_S,) * 2)
+    with own_temporary_folder():
+        assert remove_abandoned() == "1 temporary files"
+    assert not left.exists()
+
+
+def test_unfinished_files_are_swept_wherever_they_are(tmp_path: Path) -> None:
+    deep = tmp_path / "models" / "tiny"
+    deep.mkdir(parents=True)
+    old, young = deep / f".{'a' * 32}.part", deep / f".{'b' * 32}.part"
+    for path in (old, young):
+        path.write_text("x")
+    os.utime(old, (time.time() - 2 * UNFINISHED_S,) * 2)
+    assert unfinished(lambda: folders_below(tmp_path)) == "1 unfinished files"
+    assert [path.name for path in deep.iterdir()] == [young.name]
+    assert unfinished(lambda: folders_below(tmp_path / "nowhere")) == ""

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import re
 from collections import deque
+from collections.abc import Mapping
 from enum import Enum
+from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import BackgroundTasks, Body, Depends, File, Form, HTTPException, Request, UploadFile
 from fastapi.exception_handlers import http_exception_handler
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from fastapi.routing import APIRoute
 from monailabel.config import settings
@@ -21,6 +26,7 @@ from monailabel.endpoints.user.auth import RBAC, User, get_current_user
 from monailabel.interfaces.datastore import DefaultLabelTag
 from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoundException, MONAILabelException
 from monailabel.interfaces.utils.app import app_instance
+from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware import Middleware
 from starlette.routing import Match
 from starlette.types import Scope
@@ -32,8 +38,9 @@ from lib.server.health import Health
 from lib.server.in_threads import in_threads
 from lib.server.login import Login
 from lib.server.proxy import pass_on
+from lib.server.uploads import base_name, check_images, received, rename, volume_ending
 from lib.server.viewer import BuildFiles, add_viewer
-from mshub.errors import MSHubError
+from mshub.errors import MSHubError, legible
 
 # Read when monailabel.app is imported; empty would let the pages of every origin read images and labels. Not set in
 # the environment, where MONAI Label 0.8.5 cannot write it back.
@@ -59,6 +66,9 @@ INFER_OPTIONS = frozenset(
 """What a client may ask of a prediction; whatever else it sends goes no further."""
 
 
+_CHECKSUM = re.compile(r"((SHA256|SHA512|MD5):)?[0-9a-fA-F]+")
+
+
 class DicomResult(str, Enum):
     """Answers of ``/infer`` that are DICOM objects."""
 
@@ -82,7 +92,10 @@ def infer(
     label: Annotated[UploadFile | None, File()] = None,
     output: DicomResult | ResultType | None = None,
 ) -> Any:
-    """Run a model; a plain function, so that Starlette runs it in a thread and the server keeps answering."""
+    """Run a model; a plain function, so that Starlette runs it in a thread and the server keeps answering.
+
+    `label` changes nothing: no model here takes a drawing to start from.
+    """
     options = _json_object(params, "params")
     unsafe = sorted(options.keys() & {"image", "model", "session", "channels", "image_id"})
     if unsafe:
@@ -94,17 +107,17 @@ def infer(
         raise HTTPException(404, f"There is no image {image!r} in the datastore.")
     if session_id and not _session_exists(session_id):
         raise HTTPException(404, f"The session {session_id!r} does not exist or has expired; create it again.")
+    rename(file, "image")
     try:
         if isinstance(output, DicomResult):
             return _dicom_result(background_tasks, model, image, options, output)
-        return run_inference(background_tasks, model, image, session_id, json.dumps(options), file, label, output)
+        return run_inference(background_tasks, model, image, session_id, json.dumps(options), file, None, output)
     except BaseException:
         _clean_up(background_tasks)
         raise
 
 
 def create_session(
-    background_tasks: BackgroundTasks,
     user: AnyUser,
     files: Annotated[list[UploadFile], File()],
     uncompress: bool = False,
@@ -113,7 +126,14 @@ def create_session(
     """Keep an uploaded image for requests to come; archives are refused, as unpacking them can write anywhere."""
     if uncompress:
         raise HTTPException(400, "Archives are not unpacked here: send the image itself, or the files of its series.")
-    return session.create_session(background_tasks, False, expiry, files)
+    sessions = app_instance().sessions()
+    if sessions is None:
+        raise HTTPException(406, "This server keeps no sessions (MONAI_LABEL_SESSIONS).")
+    with received(files) as folder:
+        check_images(folder)
+        kept = folder if len(files) > 1 else next(folder.iterdir())
+        session_id, facts = sessions.add_session(str(kept), expiry)
+    return {"session_id": session_id, "session_info": facts.to_json()}
 
 
 def info(user: AnyUser) -> Any:
@@ -182,8 +202,26 @@ def download_image(user: AnyUser, image: str) -> Any:
 
 
 def check_image(user: AnyUser, image: str, check_sum: str | None = None) -> Any:
-    """Say whether there is an image, by 200 or 404."""
+    """Say whether there is an image, by 200 or 404; with a checksum, whether it is this one."""
+    if check_sum and not _CHECKSUM.fullmatch(check_sum):
+        raise HTTPException(400, "check_sum is odd: expected SHA256:, SHA512: or MD5: and hexadecimal digits.")
     return datastore.download_image(image, check_only=True, check_sum=check_sum)
+
+
+def add_image(
+    user: Annotator,
+    file: Annotated[UploadFile, File()],
+    image: str = "",
+    params: Annotated[str, Form()] = "{}",
+) -> dict[str, str]:
+    """Take an image into the datastore, under the id that is asked for or else its file's name without the ending."""
+    info = {**_json_object(params, "params"), "user": user.username}
+    ending = volume_ending(file.filename)
+    image = image or base_name(file.filename)[: -len(ending)]
+    check_name("image id", image)
+    rename(file, "image")
+    with received([file]) as folder:
+        return {"image": app_instance().datastore().add_image(image, str(folder / f"image{ending}"), info)}
 
 
 def image_info(user: AnyUser, image: str) -> Any:
@@ -216,6 +254,7 @@ def save_label(
     tag: str = DefaultLabelTag.FINAL.value,
 ) -> Any:
     """Store a label; a plain function, as checking it and storing it in the PACS take seconds."""
+    rename(label, "label")
     try:
         return datastore.save_label(
             background_tasks, image, json.dumps(_json_object(params, "params")), tag, label, user.username
@@ -334,12 +373,40 @@ def _json_object(text: str, what: str) -> dict[str, Any]:
     return content
 
 
-def _answer(status_code: int, detail: str) -> JSONResponse:
-    return JSONResponse({"detail": detail}, status_code=status_code)
+def _answer(status_code: int, detail: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """Return an error with a code that programs can rely on, in ``X-MSHub-Error``: ours, or the name of the status."""
+    named = {"X-MSHub-Error": HTTPStatus(status_code).phrase.lower().replace(" ", "-"), **(headers or {})}
+    return JSONResponse({"detail": detail}, status_code=status_code, headers=named)
 
 
-async def _on_our_error(request: Request, error: MSHubError) -> Response:
-    return await http_exception_handler(request, http_error(error))
+async def _on_our_error(request: Request, error: Exception) -> JSONResponse:
+    if not isinstance(error, MSHubError):
+        return await _on_surprise(request, error)
+    told = http_error(error)
+    return _answer(told.status_code, told.detail, told.headers)
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    if not isinstance(error, StarletteHTTPException) or not isinstance(error.detail, str):
+        return await http_exception_handler(request, error)  # type: ignore[arg-type]
+    return _answer(error.status_code, error.detail, error.headers)
+
+
+async def _on_bad_fields(request: Request, error: Exception) -> JSONResponse:
+    """Say in a sentence which fields of a request are missing or odd; without what was sent, which may be anything."""
+    found = error.errors() if isinstance(error, RequestValidationError) else []
+    told = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in found[:10])
+    return _answer(422, legible(f"The request is not what this address expects: {told}."))
+
+
+async def _on_system_error(request: Request, error: Exception) -> JSONResponse:
+    """Answer what the operating system refused; a full disk is no fault of the program's."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        logger.error("the disk is full: %s %s", request.method, request.url.path)
+        return _answer(
+            507, "The server's disk is full: what was sent is not stored. Free some space and send it again."
+        )
+    raise error
 
 
 async def _on_bad_json(request: Request, error: Exception) -> JSONResponse:
@@ -423,6 +490,9 @@ def _extend(api: Any) -> None:
     api.add_exception_handler(ImageNotFoundException, _on_not_found)
     api.add_exception_handler(LabelNotFoundException, _on_not_found)
     api.add_exception_handler(MONAILabelException, _on_monailabel_error)
+    api.add_exception_handler(StarletteHTTPException, _on_http_error)
+    api.add_exception_handler(RequestValidationError, _on_bad_fields)
+    api.add_exception_handler(OSError, _on_system_error)
     api.add_exception_handler(Exception, _on_surprise)
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 
 from monailabel.main import Main
 
 from lib.conf import Config
+from lib.janitor import own_temporary_folder
 from lib.server.single import hold
 from mshub.errors import MSHubError
 from mshub.serve import check_exposure
@@ -32,8 +34,11 @@ def main() -> None:
         lock = hold(arguments.studies)
     except MSHubError as error:
         sys.exit(f"mshub: {error}")
+    # The web server ends itself by the signal that ended it; what is to be cleared away is, this way.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        Main().run()
+        with own_temporary_folder():
+            Main().run()
     finally:
         if lock is not None:
             lock.release()

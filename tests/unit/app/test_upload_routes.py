@@ -1,0 +1,122 @@
+"""Uploads as clients send them: looked at on entry, under ids of their own, and an answer in words with a code."""
+
+from __future__ import annotations
+
+import errno
+import tempfile
+from pathlib import Path
+
+import httpx
+import pytest
+from fastapi.testclient import TestClient
+
+from factories import make_image
+from lib.app import MSHubApp
+from lib.server import asgi
+
+
+@pytest.fixture
+def server(clinic: MSHubApp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TestClient:
+    monkeypatch.setattr(asgi, "app_instance", lambda: clinic)
+    monkeypatch.setattr(clinic, "_sessions", clinic._load_sessions(load=True))
+    monkeypatch.setattr("monailabel.endpoints.datastore.app_instance", lambda: clinic)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    here = ("127.0.0.1", 50000)
+    return TestClient(asgi.app, "http://127.0.0.1:8000", raise_server_exceptions=False, client=here)
+
+
+@pytest.fixture
+def scan(tmp_path: Path) -> bytes:
+    return make_image(tmp_path / "scan.nii.gz", (7, 6, 5)).read_bytes()
+
+
+def refused(answer: httpx.Response, status: int, code: str) -> str:
+    assert (answer.status_code, answer.headers.get("X-MSHub-Error")) == (status, code), answer.text
+    return str(answer.json()["detail"])
+
+
+def put(server: TestClient, name: str, content: bytes, query: str = "") -> httpx.Response:
+    return server.put(f"/datastore/image{query}", files={"file": (name, content)})
+
+
+def test_ids_are_whole_names_and_do_not_collapse_at_a_dot(server: TestClient, clinic: MSHubApp, scan: bytes) -> None:
+    for name in ("1.2.840.1.nii.gz", "1.2.840.2.nii.gz"):
+        assert put(server, name, scan).json() == {"image": name.removesuffix(".nii.gz")}
+    assert {"1.2.840.1", "1.2.840.2"} <= set(clinic.datastore().list_images())
+    assert put(server, "x.nii.gz", scan, "?image=7").json() == {"image": "7"}
+    assert "already" in refused(put(server, "x.nii.gz", scan, "?image=7"), 409, "conflict")
+
+
+def test_a_bad_image_is_refused_on_every_way_in_and_leaves_nothing(
+    server: TestClient, clinic: MSHubApp, tmp_path: Path, scan: bytes
+) -> None:
+    before, bad = set(clinic.datastore().list_images()), scan[:-9]
+    assert "scan" not in before
+    for path, field in (("/datastore/image", "file"), ("/datastore/", "file"), ("/session/", "files")):
+        assert "truncated" in refused(server.put(path, files={field: ("scan.nii.gz", bad)}), 422, "case")
+    assert set(clinic.datastore().list_images()) == before
+    assert [path for path in (tmp_path / "tmp").rglob("*") if path.is_file()] == []
+    assert not list(tmp_path.glob("sessions/*"))
+
+
+def test_a_session_keeps_what_was_sent(server: TestClient, clinic: MSHubApp, scan: bytes, tmp_path: Path) -> None:
+    made = server.put("/session/", files={"files": ("../../scan.nii.gz", scan)}).json()
+    image = Path(made["session_info"]["image"])
+    assert image.read_bytes() == scan
+    assert image.parent.parent == tmp_path / "sessions"
+    two = [("files", (name, scan)) for name in ("a_0000.nii.gz", "a_0001.nii.gz")]
+    made = server.put("/session/", files=two).json()
+    assert sorted(path.name for path in Path(made["session_info"]["image"]).iterdir()) == [
+        "a_0000.nii.gz",
+        "a_0001.nii.gz",
+    ]
+    again = [("files", ("a/IM1.nii.gz", scan)), ("files", ("b/IM1.nii.gz", scan))]
+    assert "more than once" in refused(server.put("/session/", files=again), 400, "bad-request")
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["scan.py", "scan", "x" * 300, "scan.dcm", "a\0.exe", "..", "scan.nii.gz/"])
+def test_what_is_no_volume_is_refused_by_its_name(server: TestClient, scan: bytes, name: str) -> None:
+    assert ".nii.gz" in refused(put(server, name, scan, "?image=n"), 415, "unsupported-media-type")
+    label = server.put("/datastore/label?image=a", files={"label": (name, scan)})
+    assert ".nii.gz" in refused(label, 415, "unsupported-media-type")
+    assert ".nii.gz" in refused(server.post("/infer/tiny", files={"file": (name, scan)}), 415, "unsupported-media-type")
+
+
+@pytest.mark.parametrize("query", ["?image=../x", "?image=a/b", "?image=.x", f"?image={'a' * 300}"])
+def test_ids_are_names(server: TestClient, scan: bytes, query: str) -> None:
+    assert "up to 200 letters" in refused(put(server, "x.nii.gz", scan, query), 400, "bad-request")
+
+
+def test_missing_fields_are_told_in_a_sentence(server: TestClient) -> None:
+    said = refused(server.put("/datastore/image?image=x"), 422, "unprocessable-entity")
+    assert "body.file: Field required" in said
+
+
+def test_an_odd_checksum_is_refused(server: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    for text in ("ROT13:12", "SHA256:xyz", "../x"):
+        answer = server.head("/datastore/image", params={"image": "a", "check_sum": text})
+        assert answer.status_code == 400
+    assert server.head("/datastore/image", params={"image": "a", "check_sum": "SHA256:00"}).status_code == 404
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_507_wherever_it_is_met(
+    server: TestClient, scan: bytes, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(number, "full")
+
+    monkeypatch.setattr("lib.datastore.replace_by_copy", full)
+    assert "Free some space" in refused(put(server, "n.nii.gz", scan), 507, "insufficient-storage")
+
+
+def test_another_error_of_the_system_is_the_servers_fault(
+    server: TestClient, scan: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr("lib.datastore.replace_by_copy", broken)
+    assert "server's log" in refused(put(server, "n.nii.gz", scan), 500, "internal-server-error")
