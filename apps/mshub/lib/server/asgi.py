@@ -229,22 +229,6 @@ def image_info(user: AnyUser, image: str) -> Any:
     return datastore.get_image_info(image)
 
 
-def add_image(
-    background_tasks: BackgroundTasks,
-    user: Annotator,
-    file: Annotated[UploadFile, File()],
-    image: str | None = None,
-    params: Annotated[str, Form()] = "{}",
-) -> Any:
-    """Keep an image; a plain function, as it is looked at and copied."""
-    try:
-        options = json.dumps(_json_object(params, "params"))
-        return datastore.add_image(background_tasks, image, options, file, user.username)
-    except BaseException:
-        _clean_up(background_tasks)
-        raise
-
-
 def save_label(
     background_tasks: BackgroundTasks,
     user: Annotator,
