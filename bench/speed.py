@@ -63,6 +63,7 @@ class Settings:
     mirroring: bool
     cold: bool
     only: str
+    profiles: tuple[str, ...]
     real: Path | None
     out: Path
 
@@ -91,7 +92,8 @@ def _request_arms(case: Case, settings: Settings) -> Iterator[Json]:
 
     both = settings.mirroring or (case.name == STARTER and not settings.quick)
     for mirroring in (False, True) if both else (False,):
-        profiles = [profile for profile in PROFILES.values() if profile.mirroring == mirroring]
+        wanted = settings.profiles or tuple(PROFILES)
+        profiles = [one for name, one in PROFILES.items() if one.mirroring == mirroring and name in wanted]
         more = ", mirroring" if mirroring else ""
         warm, cold = f"{NNUNET}, warm{more}", f"{NNUNET}, command line{more}"
         same = {"mirroring": mirroring, "reference": warm}
@@ -278,6 +280,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mirroring", action="store_true", help="mirroring also for the organ model: 8 times as long")
     parser.add_argument("--cold", action="store_true", help="the command line also for the organ models")
     parser.add_argument("--only", default="", metavar="WORDS", help="cases with these words; others keep their results")
+    parser.add_argument("--profiles", nargs="+", default=(), metavar="PROFILE", help="of whole requests; default: all")
     parser.add_argument("--real", type=Path, nargs="?", const=REAL_CT, metavar="FILE", help="a CT for the organ model")
     parser.add_argument("--quick", action="store_true", help="small sizes, kept apart: a smoke test")
     parser.add_argument("--report-only", action="store_true", help="measure nothing, write the report again")
@@ -322,6 +325,7 @@ def main() -> None:
         mirroring=arguments.mirroring,
         cold=arguments.cold,
         only=arguments.only,
+        profiles=tuple(arguments.profiles),
         real=arguments.real,
         out=arguments.out.resolve(),
     )

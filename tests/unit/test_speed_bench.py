@@ -32,6 +32,7 @@ def settings(tmp_path: Path) -> speed.Settings:
         mirroring=False,
         cold=False,
         only="",
+        profiles=(),
         real=None,
         out=tmp_path / "out",
     )
@@ -65,6 +66,13 @@ def test_both_arms_of_the_export_make_the_same_label(
     assert [(run["differing"], run["voxels"]) for run in runs[1:]] == [(0, 9 * 40 * 44)] * 3
     assert runs[1]["foreground"] > 0.01
     assert not (settings.out / "scratch").exists()
+
+
+def test_requests_can_be_measured_with_some_profiles_only(settings: speed.Settings) -> None:
+    arms = speed.arms_of(
+        Case("request", "tiny", GEOMETRY), "request", dataclasses.replace(settings, profiles=("balanced",))
+    )
+    assert {arm.get("profile") for arm in arms} == {None, "balanced"}
 
 
 def test_both_arms_of_the_preprocessing_give_the_same_image(
