@@ -22,7 +22,7 @@ from arena import make_image, make_model_folder  # first: it tells Python where 
 from dicom_series_factory import SeriesMaker
 from fake_pacs import FakePacs
 from lib.datastore import INDEX, StudiesFolder
-from lib.janitor import folders_below, remove_abandoned, unfinished
+from lib.janitor import ANYTHING, folders_below, remove_abandoned, unfinished
 from lib.pacs_images import SeriesFiles
 from lib.sessions import UploadSessions
 from mshub.store import ModelStore
@@ -65,7 +65,7 @@ class _InFolder:
     def sweep(self) -> list[str]:
         _make_old(self.folder)
         for place in self.places():
-            remove_abandoned(place, patterns=("*",))
+            remove_abandoned(place, names=ANYTHING)
         unfinished(lambda: folders_below(self.folder))
         left = list(self.folder.rglob(".*.part"))
         left += [path for place in self.places() if place.is_dir() for path in place.iterdir()]

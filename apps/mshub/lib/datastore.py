@@ -144,20 +144,24 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
             check_space(Path(self._datastore.image_path()), Path(image_filename).stat().st_size)
         ending = _ending(image_filename)
         name = (image_id or Path(image_filename).name.removesuffix(ending)) + ending
+        self._refuse_taken(name)
         with as_http_errors():
             read_volume(Path(image_filename))
         with self._adding:
-            if (Path(self._datastore.image_path()) / name).exists() or self._to_id(name)[0] in self._datastore.objects:
-                raise HTTPException(
-                    409,
-                    f"There is an image {self._to_id(name)[0]!r} here already. Give another id, or delete that one "
-                    "first.",
-                )
+            self._refuse_taken(name)  # meanwhile
             replace_by_copy(Path(image_filename), Path(self._datastore.image_path()) / name)
             self.refresh()
         stored = self._id_of(name)
         self.update_image_info(stored, image_info)
         return stored
+
+    def _refuse_taken(self, name: str) -> None:
+        """Refuse a file name that is, or would be, an image that is here already."""
+        image = self._to_id(name)[0]
+        if (Path(self._datastore.image_path()) / name).exists() or image in self._datastore.objects:
+            raise HTTPException(
+                409, f"There is an image {image!r} here already. Give another id, or delete that one first."
+            )
 
     def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]) -> str:
         """Check and store a label somebody submits; the one it replaces stays as ``version_N``.
