@@ -36,7 +36,7 @@ def check_exposure(host: str, home: Path) -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether an address to listen on is reached from this machine only."""
+    """Return whether an address is this machine's own: to listen on, reached from it only; of a client, the same."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:

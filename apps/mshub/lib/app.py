@@ -55,8 +55,8 @@ LAYER = "lib.server.asgi"
 """The module of MSHub's layer in front of MONAI Label's routes; imported first where it is used."""
 UNPROTECTED = (
     "This server was started without MSHub's layer: nobody has to log in, whoever reaches it may read images, change "
-    "labels and replace models, pages of any site may ask it, sessions unpack archives, a prediction blocks all other "
-    "requests, and nothing is audited. Use `mshub serve`, or add --uvicorn_app lib.server.asgi:app."
+    "labels and replace models, pages of any site may ask it, a prediction blocks all other requests, and "
+    "nothing is audited. Use `mshub serve`, or add --uvicorn_app lib.server.asgi:app."
 )
 PREPARED_BYTES = 20 * 2**30
 """Disk for networks that OpenVINO has prepared."""

@@ -22,6 +22,12 @@ UNFINISHED_S = 3600
 _ID = re.compile(r"[0-9a-f-]{32,36}")
 
 
+def refuse_archive(uncompress: bool) -> None:
+    """Refuse an upload that is to be unpacked: that can write anywhere."""
+    if uncompress:
+        raise HTTPException(400, "Archives are not unpacked here: send the image itself, or the files of its series.")
+
+
 class UploadSessions(Sessions):  # type: ignore[misc]
     """Sessions under one folder.
 
@@ -40,10 +46,7 @@ class UploadSessions(Sessions):  # type: ignore[misc]
         self, data_file: str, expiry: int = 0, uncompress: bool = False, session_id: str | None = None
     ) -> tuple[str, SessionInfo]:
         """Keep a file, or a folder of files, as a new session; archives are refused."""
-        if uncompress:
-            raise HTTPException(
-                400, "Archives are not unpacked here: send the image itself, or the files of its series."
-            )
+        refuse_archive(uncompress)
         added: tuple[str, SessionInfo] = super().add_session(
             data_file, min(expiry if expiry > 0 else self.expiry, LONGEST_S), False, session_id or str(uuid4())
         )

@@ -7,7 +7,6 @@ a token, a browser a cookie), scripts with an API token.
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import threading
 import time
@@ -27,6 +26,7 @@ from lib.server.permissions import PUBLIC, SAFE, Permission, methods_at, permiss
 from lib.server.trail import Trail
 from mshub.errors import MSHubError
 from mshub.logins import Logins
+from mshub.serve import is_loopback
 from mshub.throttle import Throttle
 from mshub.users import TOKEN_PREFIX, User, UserFile, user_file
 
@@ -222,10 +222,7 @@ def _is_local(request: Request) -> bool:
     """Return whether a request comes from this machine; over a socket of the file system it does."""
     if request.client is None:
         return True
-    try:
-        return ipaddress.ip_address(request.client.host).is_loopback
-    except ValueError:
-        return False
+    return is_loopback(request.client.host)
 
 
 def _host_name(host: str) -> str:

@@ -40,6 +40,7 @@ from lib.server.login import Login
 from lib.server.proxy import pass_on
 from lib.server.uploads import base_name, check_images, received, rename, volume_ending
 from lib.server.viewer import BuildFiles, add_viewer
+from lib.sessions import refuse_archive
 from mshub.errors import MSHubError, legible
 
 # Read when monailabel.app is imported; empty would let the pages of every origin read images and labels. Not set in
@@ -123,9 +124,8 @@ def create_session(
     uncompress: bool = False,
     expiry: int = 0,
 ) -> Any:
-    """Keep an uploaded image for requests to come; archives are refused, as unpacking them can write anywhere."""
-    if uncompress:
-        raise HTTPException(400, "Archives are not unpacked here: send the image itself, or the files of its series.")
+    """Keep an uploaded image for requests to come; archives are refused before they are looked at."""
+    refuse_archive(uncompress)
     sessions = app_instance().sessions()
     if sessions is None:
         raise HTTPException(406, "This server keeps no sessions (MONAI_LABEL_SESSIONS).")
