@@ -159,7 +159,13 @@ class Login:
         answer = RedirectResponse(address, 303, headers=NO_STORE)
         # Lax: the way back begins at another site.
         answer.set_cookie(
-            SIGN_ON_COOKIE, cookie, PENDING_S, BEGIN, httponly=True, samesite="lax", secure=_is_https(request)
+            SIGN_ON_COOKIE,
+            cookie,
+            PENDING_S,
+            path=BEGIN,
+            httponly=True,
+            samesite="lax",
+            secure=_is_https(request),
         )
         return answer
 

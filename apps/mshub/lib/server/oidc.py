@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import ssl
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -67,7 +68,12 @@ class Provider(StarletteOAuth2App):  # type: ignore[misc]
     """
 
     def __init__(self, settings: OidcSettings) -> None:
-        options = {"scope": "openid profile email", "code_challenge_method": "S256", "timeout": TIMEOUT_S}
+        options = {
+            "scope": "openid profile email",
+            "code_challenge_method": "S256",
+            "timeout": TIMEOUT_S,
+            "verify": ssl.create_default_context(),  # by default each client reads all certificates of the machine
+        }
         super().__init__(None, client_id=settings.client_id, client_secret=settings.secret(), client_kwargs=options)
         self._issuer = settings.issuer
         self._stale_at = 0.0
