@@ -30,6 +30,11 @@ class _Server(ThreadingHTTPServer):
 class FakeOidc:
     """The provider; a context manager.
 
+    Parameters
+    ----------
+    host : str
+        What it calls its machine: to a browser, ``localhost`` is another site than ``127.0.0.1``.
+
     Attributes
     ----------
     issuer : str
@@ -55,9 +60,9 @@ class FakeOidc:
         All it gave out; `tokens`: likewise.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, host: str = "127.0.0.1") -> None:
         self._server = _Server(("127.0.0.1", 0), self._handler())
-        self.issuer = f"http://127.0.0.1:{self._server.server_port}/realms/clinic"
+        self.issuer = f"http://{host}:{self._server.server_port}/realms/clinic"
         self.person: dict[str, Any] = {"sub": "1", "preferred_username": "grace"}
         self.changes, self.discovery, self.broken = dict[str, Any](), dict[str, Any](), dict[str, Answer]()
         self.sign: Callable[[dict[str, Any]], str] = self.signed
