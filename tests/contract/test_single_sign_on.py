@@ -178,7 +178,7 @@ def test_the_cookies_are_for_this_site_and_for_no_script(api: FastAPI, provider:
 
 def test_no_code_is_kept_or_told_to_the_next_page(browser: TestClient, provider: FakeOidc) -> None:
     answer = sign_in(browser)
-    assert (answer.headers["cache-control"], answer.headers["referrer-policy"]) == ("no-store", "no-referrer")
+    assert (answer.headers["cache-control"], answer.headers["referrer-policy"]) == ("no-store", "strict-origin")
     assert provider.codes[0] not in answer.text
 
 

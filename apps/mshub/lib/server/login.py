@@ -22,7 +22,7 @@ from mshub.users import User
 
 NO_STORE = {
     "Cache-Control": "no-store",
-    "Referrer-Policy": "no-referrer",
+    "Referrer-Policy": "strict-origin",  # with no referrer at all, browsers send forms with the origin "null"
     "X-Frame-Options": "DENY",
     "Content-Security-Policy": "default-src 'none'; img-src 'self'; style-src 'unsafe-inline'; frame-ancestors 'none'",
 }
