@@ -462,6 +462,7 @@ def test_a_file_of_users_that_goes_away_closes_the_server(api: FastAPI, users: U
         ("javascript:alert(1)", False),
         ("", False),
         ("/a\r\nSet-Cookie: x", False),
+        ("/" + "a" * 4096, False),
     ],
 )
 def test_one_is_led_to_this_server_only(address: str, kept: bool) -> None:

@@ -27,6 +27,8 @@ NO_STORE = {
     "Content-Security-Policy": "default-src 'none'; img-src 'self'; style-src 'unsafe-inline'; frame-ancestors 'none'",
 }
 START = "/viewer/"
+LONGEST_ADDRESS = 4096
+"""Of where somebody wants to go: it is kept while they are at the provider."""
 SIGN_ON_COOKIE = "mshub_sign_on"
 """By which a browser is known that comes back from a single sign-on."""
 FORM_BYTES = 64 * 2**10
@@ -247,7 +249,7 @@ def _within(address: str) -> str:
     """Return an address of this server; of another one, the start."""
     parts = urlsplit(address)
     is_own = address.startswith("/") and not address.startswith(("//", "/\\")) and not (parts.scheme or parts.netloc)
-    return address if is_own and address.isprintable() else START
+    return address if is_own and address.isprintable() and len(address) <= LONGEST_ADDRESS else START
 
 
 def _remembered(request: Request, token: str, answer: Response) -> Response:
