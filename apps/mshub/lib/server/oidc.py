@@ -1,7 +1,7 @@
 """Single sign-on: the authorization code flow of OpenID Connect, with PKCE, as Authlib does it.
 
 Authlib asks the provider and checks what it sends; what is decided here is which provider, which signatures, whose
-browser, and who may enter as what. No code, token or claim gets into a log or an error.
+browser, and who may enter as what. No code or token gets into a log or an error, nor a claim but the name.
 """
 
 from __future__ import annotations
