@@ -10,6 +10,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any
@@ -50,6 +51,8 @@ class FakeOidc:
         What its discovery document says instead of what it should.
     broken : dict
         Path, as in ``token`` -> what is answered instead.
+    is_public : bool
+        Its client has no secret.
     slow_s : float
         How long each answer takes.
     asked : list of str
@@ -67,7 +70,7 @@ class FakeOidc:
         self.changes, self.discovery, self.broken = dict[str, Any](), dict[str, Any](), dict[str, Answer]()
         self.sign: Callable[[dict[str, Any]], str] = self.signed
         self.keys = [new_key("one")]
-        self.slow_s, self.asks = 0.0, False
+        self.slow_s, self.asks, self.is_public = 0.0, False, False
         self.asked, self.codes, self.tokens = list[str](), list[str](), list[str]()
         self._begun: dict[str, dict[str, str]] = {}
 
@@ -89,7 +92,11 @@ class FakeOidc:
         return _json({**found, **self.discovery})
 
     def jwks(self, query: dict[str, str]) -> Answer:
-        return _json({"keys": [key.as_dict(private=False) for key in self.keys]})
+        """Return its keys, among those that sign nothing here, as Keycloak and Entra ID do."""
+        for_secrets = {**_encrypts().as_dict(private=False), "use": "enc", "alg": "RSA-OAEP"}
+        unknown = {"kty": "AKP", "kid": "newer", "alg": "ML-DSA-44", "pub": "AAAA"}
+        own = [{**key.as_dict(private=False), "issuer": self.issuer, "x5c": ["AAAA"]} for key in self.keys]
+        return _json({"keys": [for_secrets, unknown, *own]})
 
     def authorize(self, query: dict[str, str]) -> Answer:
         """Send the browser back with a code; a request as no client of ours should make it gets a page instead."""
@@ -108,7 +115,9 @@ class FakeOidc:
 
     def token(self, form: dict[str, str]) -> Answer:
         """Give tokens for a code, once, to whoever has the secret and what the challenge was made of."""
-        if form.get("authorization") != "Basic " + base64.b64encode(f"{CLIENT_ID}:{SECRET}".encode()).decode():
+        secret = "Basic " + base64.b64encode(f"{CLIENT_ID}:{SECRET}".encode()).decode()
+        known = form.get("client_id") == CLIENT_ID if self.is_public else form.get("authorization") == secret
+        if not known:
             return _json({"error": "invalid_client"}, 401)
         begun = self._begun.pop(form.get("code", ""), {})
         challenge = _base64(hashlib.sha256(form.get("code_verifier", "").encode()).digest())
@@ -172,6 +181,11 @@ class FakeOidc:
                 pass
 
         return Handler
+
+
+@cache
+def _encrypts() -> RSAKey:
+    return new_key("secrets")
 
 
 def new_key(kid: str) -> RSAKey:

@@ -47,6 +47,7 @@ def provider(_running: FakeOidc) -> FakeOidc:
     fresh = {"sub": "1", "preferred_username": "grace", "groups": ["staff", DRAWERS]}
     _running.person, _running.changes, _running.discovery, _running.broken = fresh, {}, {}, {}
     _running.sign, _running.keys, _running.slow_s = _running.signed, _running.keys[:1], 0.0
+    _running.is_public = False
     for told in (_running.asked, _running.codes, _running.tokens):
         told.clear()
     return _running
@@ -207,6 +208,14 @@ def test_the_operators_address_is_where_the_provider_sends_people(
 def test_without_it_an_address_that_is_not_this_machine_is_none(api: FastAPI, provider: FakeOidc) -> None:
     answer = in_browser(api, "http://evil.example").get("/login/oidc")
     assert (answer.status_code, "oidc_public_url" in answer.text) == (503, True)
+
+
+def test_a_client_without_a_secret_has_its_verifier_only(
+    settings: dict[str, Any], browser: TestClient, provider: FakeOidc
+) -> None:
+    provider.is_public = True
+    settings["client_secret_file"] = ""
+    assert sign_in(browser).status_code == 200
 
 
 def test_people_have_to_log_in_though_there_are_no_users(browser: TestClient, home: Path) -> None:
