@@ -437,6 +437,7 @@ BAD_TOKENS: dict[str, Change] = {
     "another nonce": claims(nonce="another"),
     "no nonce": claims(nonce=None),
     "for another client": claims(aud="another"),
+    "for another client, though asked for by this one": claims(aud="another", azp=CLIENT_ID),
     "for nobody": claims(aud=None),
     "for others too, and not said by whom it was asked for": claims(aud=[CLIENT_ID, "another"]),
     "asked for by another client": claims(azp="another"),
