@@ -463,6 +463,7 @@ BAD_TOKENS: dict[str, Change] = {
     "with a signature cut off": token(lambda fake, claims: fake.signed(claims).rpartition(".")[0] + "."),
     "no token": token(lambda fake, claims: "nonsense"),
     "nothing": token(lambda fake, claims: ""),
+    "left out": lambda fake: fake.broken.update(token=(200, {}, b'{"access_token": "a", "token_type": "Bearer"}')),
 }
 
 
@@ -506,7 +507,7 @@ def test_a_key_that_was_taken_back_is_good_for_an_hour_at_most(
     taken_back, provider.keys = provider.keys[0], [new_key("two")]
     provider.sign = lambda claims: provider.signed(claims, taken_back)
     now = oidc.time.monotonic()
-    monkeypatch.setattr(oidc.time, "monotonic", lambda: now + oidc.FRESH_S + 1)
+    monkeypatch.setattr(oidc.time, "monotonic", lambda: now + 3601)
     assert sign_in(browser).status_code == 401
 
 
