@@ -520,6 +520,26 @@ def serve(
     tls_cert: Annotated[Path | None, typer.Option(help="Certificate (chain) in PEM: the server speaks HTTPS.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="The certificate's key in PEM.")] = None,
     log_format: Annotated[str, typer.Option(help="Lines of the log: text, or json for programs.")] = "text",
+    oidc_issuer: Annotated[
+        str | None,
+        typer.Option(
+            envvar="MSHUB_OIDC_ISSUER",
+            help="Single sign-on: address of the OpenID Connect provider, exactly as it names itself.",
+        ),
+    ] = None,
+    oidc_client_id: Annotated[str | None, typer.Option(help="What this server is called there.")] = None,
+    oidc_client_secret_file: Annotated[str | None, typer.Option(help="File with this server's secret there.")] = None,
+    oidc_public_url: Annotated[
+        str | None,
+        typer.Option(help="This server's own address, as browsers see it; needed unless they are on this machine."),
+    ] = None,
+    oidc_role_claim: Annotated[
+        str | None, typer.Option(help="Where the provider lists somebody's groups; default: groups.")
+    ] = None,
+    oidc_roles: Annotated[
+        str | None,
+        typer.Option(help="ROLE=GROUP,ROLE=GROUP; without it, only people whom `mshub users` knows may enter."),
+    ] = None,
 ) -> None:
     """Start the MONAI Label server with all installed models."""
     from mshub.serve import check_exposure, run_server, server_command, server_environment, write_log_config
@@ -527,12 +547,21 @@ def serve(
     if (studies is None) == (not sample):
         raise ConfigError("Say what to serve: either --studies DIR (or a DICOMweb address) or --sample.")
     store = ModelStore()
-    check_exposure(host, store.home)
+    sign_on = {
+        "oidc_issuer": oidc_issuer,
+        "oidc_client_id": oidc_client_id,
+        "oidc_client_secret_file": oidc_client_secret_file,
+        "oidc_public_url": oidc_public_url,
+        "oidc_role_claim": oidc_role_claim,
+        "oidc_roles": oidc_roles,
+    }
+    said = {key: value for key, value in sign_on.items() if value}
+    options = {**said, **_pairs("--conf", conf or [], "device=cpu")}
+    check_exposure(host, store.home, has_sign_on=bool(options.get("oidc_issuer")))
     tls = _tls_files(tls_cert, tls_key)
     folder = _prepare_samples(store) if sample else _studies(str(studies))
-    options = _pairs("--conf", conf or [], "device=cpu")
     command = server_command(folder, host, port, options, write_log_config(store.home, log_format), tls)
-    _announce(store, folder, host, port, "https" if tls else "http")
+    _announce(store, folder, host, port, "https" if tls else "http", options.get("oidc_issuer"))
     raise typer.Exit(run_server(command, server_environment(store.home)))
 
 
@@ -576,7 +605,7 @@ def _pairs(option: str, items: list[str], example: str) -> dict[str, str]:
     return dict(item.split("=", 1) for item in items)
 
 
-def _announce(store: ModelStore, studies: str, host: str, port: int, scheme: str) -> None:
+def _announce(store: ModelStore, studies: str, host: str, port: int, scheme: str, issuer: str | None) -> None:
     from mshub.serve import is_loopback
 
     url = f"{scheme}://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
@@ -595,12 +624,13 @@ def _announce(store: ModelStore, studies: str, host: str, port: int, scheme: str
             soft_wrap=True,
         )
     users = user_file(store.home).users()
+    who = [f"{len(users)} user(s), who log in"] if users else []
+    who += [f"people of {issuer}"] if issuer else []
     out.print(
-        f"  access           {f'{len(users)} user(s), who log in' if users else 'this machine only, no login'}; "
-        f"see {this_command()} users",
+        f"  access           {escape(' and '.join(who) or 'this machine only, no login')}; see {this_command()} users",
         soft_wrap=True,
     )
-    if users and scheme == "http" and not is_loopback(host):
+    if who and scheme == "http" and not is_loopback(host):
         out.print(
             "[bold yellow]  Passwords and images travel unencrypted: use --tls-cert and --tls-key, or a proxy that "
             "speaks HTTPS.[/]",

@@ -1,4 +1,8 @@
-"""People who are logged in: random tokens, kept as hashes, good for a working day."""
+"""People who are logged in: random tokens, kept as hashes, good for a working day.
+
+Guests are people without an entry in the file of users, who bring their role along, from a single sign-on. Their logins
+end with the server, too: what the operator changed about the sign-on holds for everybody after a restart.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import threading
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from typing import NamedTuple
 
 from mshub.atomic_file import replace_json
 from mshub.users import User, UserFile, digest_of
@@ -22,6 +27,13 @@ MOST_PER_USER = 20
 
 def _now() -> datetime:
     return datetime.now(timezone.utc)
+
+
+class _Login(NamedTuple):
+    name: str
+    opened: datetime
+    role: str | None = None
+    """Of a guest; a user's stands in the file of users."""
 
 
 class Logins:
@@ -46,15 +58,15 @@ class Logins:
         self._lock = threading.Lock()
         self._known = self._load()
 
-    def open(self, user: User) -> str:
-        """Return the token of a new login."""
+    def open(self, user: User, *, is_guest: bool = False) -> str:
+        """Return the token of a new login; a guest keeps the role for as long as it is good."""
         token, now = secrets.token_urlsafe(32), self._now()
         with self._lock:
             self._drop_expired(now)
-            own = sorted((opened, digest) for digest, (name, opened) in self._known.items() if name == user.name)
+            own = sorted((known.opened, digest) for digest, known in self._known.items() if known.name == user.name)
             for _, digest in own[: max(0, len(own) + 1 - MOST_PER_USER)]:
                 del self._known[digest]
-            self._known[digest_of(token)] = (user.name, now)
+            self._known[digest_of(token)] = _Login(user.name, now, user.role if is_guest else None)
             self._save()
         return token
 
@@ -63,9 +75,8 @@ class Logins:
         known = self._known.get(digest_of(token))
         if known is None:
             return None
-        name, opened = known
-        user = self._users.user(name)
-        if user is None or opened < user.since or self._now() - opened > self._good_for:
+        user = User(known.name, known.role, known.opened) if known.role else self._users.user(known.name)
+        if user is None or known.opened < user.since or self._now() - known.opened > self._good_for:
             return None
         return user
 
@@ -76,14 +87,14 @@ class Logins:
                 self._save()
 
     def _drop_expired(self, now: datetime) -> None:
-        self._known = {
-            digest: (name, opened) for digest, (name, opened) in self._known.items() if now - opened <= self._good_for
-        }
+        self._known = {digest: known for digest, known in self._known.items() if now - known.opened <= self._good_for}
 
-    def _load(self) -> dict[str, tuple[str, datetime]]:
+    def _load(self) -> dict[str, _Login]:
         try:
             kept = json.loads(self._path.read_text(encoding="utf-8"))
-            return {digest: (str(name), datetime.fromisoformat(opened)) for digest, (name, opened) in kept.items()}
+            return {
+                digest: _Login(str(name), datetime.fromisoformat(opened)) for digest, (name, opened) in kept.items()
+            }
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -91,5 +102,7 @@ class Logins:
             return {}
 
     def _save(self) -> None:
-        known = {digest: [name, opened.isoformat()] for digest, (name, opened) in self._known.items()}
+        known = {
+            digest: [known.name, known.opened.isoformat()] for digest, known in self._known.items() if not known.role
+        }
         replace_json(self._path, known, private=True)

@@ -20,15 +20,24 @@ from mshub.users import user_file
 LOG_BYTES, LOG_FILES = 10 * 2**20, 10
 
 
-def check_exposure(host: str, home: Path) -> None:
+def check_exposure(host: str, home: Path, *, has_sign_on: bool = False) -> None:
     """Refuse to let others reach a server that nobody has to log in to.
+
+    Parameters
+    ----------
+    host : str
+        Where it would listen.
+    home : Path
+        Where its users are.
+    has_sign_on : bool
+        People log in by single sign-on, too.
 
     Raises
     ------
     AccessError
         `host` is not this machine, and there are no users.
     """
-    if not is_loopback(host) and not user_file(home):
+    if not is_loopback(host) and not user_file(home) and not has_sign_on:
         raise AccessError(
             f"--host {host} lets other machines reach this server, and it has no users: anybody could read the images "
             "and change labels. Add a user first, `mshub users add NAME`, or leave --host out."

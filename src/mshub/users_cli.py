@@ -31,7 +31,10 @@ def list_users() -> None:
     """Show all users."""
     users = _file().users()
     if not users:
-        out.print("There are no users: the server answers this machine only. Add one with `mshub users add NAME`.")
+        out.print(
+            "There are no users: without a single sign-on, the server answers this machine only. Add one with "
+            "`mshub users add NAME`."
+        )
         return
     table = Table("name", "role", "password since")
     for user in users:

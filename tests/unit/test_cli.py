@@ -664,6 +664,28 @@ def test_a_server_for_the_whole_network_needs_users_and_says_that_passwords_are_
     assert started[0][0][started[0][0].index("--host") + 1] == "0.0.0.0"
 
 
+def test_single_sign_on_is_handed_on_and_lets_others_reach_the_server(
+    run: Run, case: Path, started: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    issuer, arguments = "https://login.clinic/realms/clinic", ["serve", "--studies", case.parent, "--host", "0.0.0.0"]
+    options = ["--oidc-issuer", issuer, "--oidc-client-id", "mshub", "--oidc-client-secret-file", "secret.txt"]
+    result = run(*arguments, *options, "--oidc-roles", "admin=it,viewer=all", "--conf", "device=cpu")
+    assert f"people of {issuer}" in result.out
+    assert "travel unencrypted" in result.out
+    command = started[0][0]
+    pairs = {command[at + 1]: command[at + 2] for at, part in enumerate(command) if part == "--conf"}
+    assert pairs == {
+        "oidc_issuer": issuer,
+        "oidc_client_id": "mshub",
+        "oidc_client_secret_file": "secret.txt",
+        "oidc_roles": "admin=it,viewer=all",
+        "device": "cpu",
+    }
+    assert run(*arguments, "--conf", f"oidc_issuer={issuer}").code == 3
+    monkeypatch.setenv("MSHUB_OIDC_ISSUER", issuer)
+    assert run(*arguments).code == 3
+
+
 def test_an_address_of_a_pacs_is_handed_on_and_the_viewer_named(
     run: Run, started: list[Any], installed: ModelStore
 ) -> None:

@@ -14,7 +14,7 @@ from mshub import users as module
 from mshub.errors import AccessError
 from mshub.logins import HOURS, MOST_PER_USER, Logins
 from mshub.throttle import FORGET_S, FREE, LONGEST_S, MOST_KEYS, Throttle
-from mshub.users import LONGEST, ROLES, UserFile
+from mshub.users import LONGEST, ROLES, User, UserFile
 
 PASSWORD = "correct horse battery"
 
@@ -240,6 +240,31 @@ def test_a_login_ends_with_its_password_and_its_user(logins: Logins, file: UserF
     assert [name_of(logins, first), name_of(logins, second)] == [None, "grace.h@clinic"]
     file.remove("grace.h@clinic")
     assert name_of(logins, second) is None
+
+
+def test_a_guest_keeps_a_role_for_a_working_day_and_no_restart(
+    logins: Logins, file: UserFile, tmp_path: Path, clock: Clock
+) -> None:
+    ada, guest = file.user("ada"), User("oidc:ada", "viewer", clock())
+    assert ada is not None
+    users_token, token = logins.open(ada), logins.open(guest, is_guest=True)
+    assert logins.user_of(token) == guest
+    restarted = Logins(tmp_path / "logins.json", file, now=clock)
+    assert [name_of(restarted, users_token), name_of(restarted, token)] == ["ada", None]
+    clock.pass_(hours=HOURS + 0.1)
+    assert logins.user_of(token) is None
+
+
+def test_a_guest_has_no_more_logins_than_a_user_and_is_logged_out_as_one(
+    logins: Logins, file: UserFile, clock: Clock
+) -> None:
+    tokens = []
+    for _ in range(MOST_PER_USER + 1):
+        tokens.append(logins.open(User("oidc:ada", "viewer", clock()), is_guest=True))
+        clock.pass_(seconds=1)
+    assert [name_of(logins, tokens[0]), name_of(logins, tokens[1])] == [None, "oidc:ada"]
+    logins.close(tokens[1])
+    assert name_of(logins, tokens[1]) is None
 
 
 def test_the_oldest_of_too_many_logins_gives_way(logins: Logins, file: UserFile, clock: Clock) -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
 
+from lib.oidc_settings import KEYS as OIDC_KEYS
+from lib.oidc_settings import OidcSettings
 from mshub.errors import CaseError, ConfigError
 from mshub.nnunet.devices import resolve_device
 from mshub.nnunet.engine import RUNTIMES
@@ -51,6 +53,8 @@ class Config:
         At most so many minutes of an hour are spent on looking at cases while nobody needs the server; 0: none.
     idle_cases : int
         So many waiting cases of a model, at most, are looked at: of a large PACS a random sample.
+    oidc : OidcSettings, optional
+        Single sign-on, by the keys ``oidc_...``; None if none is set.
     """
 
     home: Path
@@ -66,6 +70,7 @@ class Config:
     audit_every: int = 5
     idle_minutes: float = 30.0
     idle_cases: int = 200
+    oidc: OidcSettings | None = None
 
     @property
     def lease_s(self) -> float:
@@ -105,11 +110,12 @@ class Config:
                 "idle_minutes", chosen.get("idle_minutes") or cls.idle_minutes, "minutes", least=0, most=60
             ),
             idle_cases=int(_number("idle_cases", chosen.get("idle_cases") or cls.idle_cases, "cases", least=0)),
+            oidc=OidcSettings.parse(chosen),
         )
 
 
 def _refuse_unknown(chosen: Mapping[str, str]) -> None:
-    known = [field.name for field in fields(Config)]
+    known = [*(field.name for field in fields(Config) if field.name != "oidc"), *OIDC_KEYS]
     for key in chosen:
         if key not in known:
             close = get_close_matches(key, known, n=1)

@@ -28,6 +28,7 @@ from starlette.types import Receive, Scope, Send
 from factories import make_image
 from lib import audit
 from lib.app import MSHubApp
+from lib.conf import Config
 from lib.server import access, asgi
 from lib.server.access import COOKIE, USER, Access, Guards
 from lib.server.login import FORM_BYTES, Login, _within
@@ -178,7 +179,8 @@ def server(home: Path, monkeypatch: pytest.MonkeyPatch) -> FastAPI:
 
     for kind in (APIRoute, Route, Mount):
         monkeypatch.setattr(kind, "handle", reached)
-    monkeypatch.setattr(asgi, "app_instance", lambda: SimpleNamespace(store=SimpleNamespace(home=home)))
+    app = SimpleNamespace(store=SimpleNamespace(home=home), config=Config(home))
+    monkeypatch.setattr(asgi, "app_instance", lambda: app)
     return asgi.app
 
 
@@ -460,6 +462,7 @@ def test_a_file_of_users_that_goes_away_closes_the_server(api: FastAPI, users: U
         ("javascript:alert(1)", False),
         ("", False),
         ("/a\r\nSet-Cookie: x", False),
+        ("/" + "a" * 4096, False),
     ],
 )
 def test_one_is_led_to_this_server_only(address: str, kept: bool) -> None:

@@ -2,7 +2,7 @@
 
 Without users the server is one person's, on this machine only: requests from elsewhere, and pages of other sites that
 make this person's browser send some, are refused. With users everybody logs in: people with a password (3D Slicer gets
-a token, a browser a cookie), scripts with an API token.
+a token, a browser a cookie) or, in a browser, by single sign-on; scripts with an API token.
 """
 
 from __future__ import annotations
@@ -83,6 +83,8 @@ class Access:
         Sites whose pages may send requests, beside this server's own: MONAI Label's ``MONAI_LABEL_CORS_ORIGINS``.
     observe : callable, optional
         Told method, route, status and seconds of every answer.
+    has_sign_on : callable, optional
+        Says whether people can log in who are no users of this server: by single sign-on.
     """
 
     def __init__(
@@ -92,8 +94,10 @@ class Access:
         is_program: Callable[[Scope], bool],
         origins: Collection[str] = (),
         observe: Callable[[str, str, int, float], None] | None = None,
+        has_sign_on: Callable[[], bool] = lambda: False,
     ) -> None:
         self._app, self._find_home, self._is_program, self._observe = app, find_home, is_program, observe
+        self._has_sign_on = has_sign_on
         self._origins = {origin.rstrip("/") for origin in origins}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -140,7 +144,7 @@ class Access:
             if request.method in SAFE and self._is_program(request.scope):
                 return None, None
             return _not_offered(request), None
-        if not guards.users:
+        if not guards.users and not self._has_sign_on():
             return self._judged_at_home(request), LOCAL_USER
         user, has_cookie = _user_of(request, guards)
         if permission.role == PUBLIC:
@@ -162,7 +166,7 @@ class Access:
                 "This server has no users yet and answers this machine only. Whoever runs it can add one: "
                 "mshub users add NAME.",
             )
-        host = _host_name(request.headers.get("host", ""))
+        host = host_name(request.headers.get("host", ""))
         if host not in LOCAL_NAMES:
             return _refused(403, f"The host {host[:80]!r} is not this machine; expected {', '.join(LOCAL_NAMES)}.")
         return self._from_elsewhere(request, must_say=False)
@@ -225,7 +229,7 @@ def _is_local(request: Request) -> bool:
     return is_loopback(request.client.host)
 
 
-def _host_name(host: str) -> str:
+def host_name(host: str) -> str:
     """Return the name in a ``Host`` header, without the port."""
     try:
         return urlsplit(f"//{host}").hostname or ""

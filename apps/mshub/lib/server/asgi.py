@@ -9,6 +9,7 @@ import re
 from collections import deque
 from collections.abc import Mapping
 from enum import Enum
+from functools import cache
 from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,11 +33,13 @@ from starlette.routing import Match
 from starlette.types import Scope
 
 from lib.faults import check_name, http_error
+from lib.oidc_settings import OidcSettings
 from lib.server.access import USER, Access, Guards, address_of
 from lib.server.disconnects import Disconnects
 from lib.server.health import Health
 from lib.server.in_threads import in_threads
 from lib.server.login import Login
+from lib.server.oidc import SignOn
 from lib.server.proxy import pass_on
 from lib.server.uploads import base_name, check_images, received, rename, volume_ending
 from lib.server.viewer import BuildFiles, add_viewer
@@ -449,6 +452,16 @@ def _home() -> Path:
     return home
 
 
+def _sign_on() -> SignOn | None:
+    settings: OidcSettings | None = app_instance().config.oidc
+    return _sign_on_of(settings) if settings else None
+
+
+@cache
+def _sign_on_of(settings: OidcSettings) -> SignOn:
+    return SignOn(settings)
+
+
 def _current_user(request: Request) -> User:
     """Return who asks, as MONAI Label's routes want to know it; what they may was decided before."""
     user = request.scope[USER]
@@ -463,11 +476,11 @@ def _is_program(scope: Scope) -> bool:
 def _extend(api: Any) -> None:
     routes = [APIRoute(path, answer, methods=[method], tags=[tag]) for method, path, answer, tag in ROUTES]
     health = Health(_home, status)
-    api.router.routes[:0] = [*routes, *Login(_home).routes(), *health.routes(), *in_threads(UPSTREAM)]
+    api.router.routes[:0] = [*routes, *Login(_home, _sign_on).routes(), *health.routes(), *in_threads(UPSTREAM)]
     add_viewer(api, _home)
     api.dependency_overrides[get_current_user] = _current_user
     origins = [str(origin) for origin in settings.MONAI_LABEL_CORS_ORIGINS]
-    access = Middleware(Access, _home, _is_program, origins, health.requests.observe)
+    access = Middleware(Access, _home, _is_program, origins, health.requests.observe, lambda: _sign_on() is not None)
     api.user_middleware += [access, Middleware(Disconnects)]
     api.add_exception_handler(MSHubError, _on_our_error)
     api.add_exception_handler(json.JSONDecodeError, _on_bad_json)

@@ -29,8 +29,8 @@ def main() -> None:
     os.environ["MONAI_LABEL_RELOAD_APP_LIB"] = "false"
     arguments = Main().args_parser().parse_args()
     try:
-        Config.parse(dict(arguments.conf or []))
-        check_exposure(arguments.host, ModelStore().home)
+        config = Config.parse(dict(arguments.conf or []))
+        check_exposure(arguments.host, ModelStore().home, has_sign_on=config.oidc is not None)
         lock = hold(arguments.studies)
     except MSHubError as error:
         sys.exit(f"mshub: {error}")

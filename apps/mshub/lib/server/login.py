@@ -1,4 +1,4 @@
-"""Logging in: the three routes 3D Slicer asks, and a page for browsers."""
+"""Logging in: the three routes 3D Slicer asks, a page for browsers, and their way to a single sign-on and back."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from html import escape
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from fastapi import Form, HTTPException, Request
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
@@ -16,15 +16,21 @@ from fastapi.routing import APIRoute
 
 from lib import audit
 from lib.server.access import COOKIE, LOCAL_USER, USER, Guards, address_of
+from lib.server.oidc import BEGIN, CALLBACK, PENDING_S, SignOn
 from mshub.logins import HOURS
 from mshub.users import User
 
 NO_STORE = {
     "Cache-Control": "no-store",
+    "Referrer-Policy": "strict-origin",  # with no referrer at all, browsers send forms with the origin "null"
     "X-Frame-Options": "DENY",
     "Content-Security-Policy": "default-src 'none'; img-src 'self'; style-src 'unsafe-inline'; frame-ancestors 'none'",
 }
 START = "/viewer/"
+LONGEST_ADDRESS = 4096
+"""Of where somebody wants to go: it is kept while they are at the provider."""
+SIGN_ON_COOKIE = "mshub_sign_on"
+"""By which a browser is known that comes back from a single sign-on."""
 FORM_BYTES = 64 * 2**10
 """Strangers may send these routes no more: uploads are kept on the disk before anybody looks at them."""
 
@@ -45,6 +51,9 @@ PAGE = """<!doctype html>
   input {{ background: #000; color: #fff; border: 1px solid #3a3f99; }}
   button {{ margin-top: 1.5rem; background: #348cfd; color: #000; border: 0; font-weight: 600; cursor: pointer; }}
   button:hover {{ background: #5acce6; }}
+  .sign-on {{ display: block; margin-top: 1rem; padding: .6rem; border: 1px solid #348cfd; border-radius: .25rem;
+              text-align: center; text-decoration: none; font-weight: 600; overflow-wrap: anywhere; }}
+  .sign-on:hover {{ border-color: #5acce6; color: #5acce6; }}
   :focus-visible {{ outline: 2px solid #5acce6; outline-offset: 1px; }}
   .problem {{ margin: 0; padding: .5rem .75rem; background: #330e12; color: #ff9ea1; border-radius: .25rem; }}
 </style></head>
@@ -57,6 +66,10 @@ FORM = """{problem}<form method="post" action="/login">
 <input id="password" name="password" type="password" autocomplete="current-password" required{second}>
 <input type="hidden" name="next" value="{next}">
 <button>Log in</button></form>
+"""
+SIGN_ON = """<a class="sign-on" href="{address}">Sign in with {provider}</a>
+"""
+SIGNED_ON = """<p>You are logged in. <a href="{next}">Go on</a></p>
 """
 WELCOME = """<p>You are logged in as <b>{name}</b> ({role}).</p>
 <p><a href="{start}">Open the viewer</a></p>
@@ -74,10 +87,12 @@ class Login:
     ----------
     find_home : callable
         Returns `MSHUB_HOME`.
+    find_sign_on : callable, optional
+        Returns the single sign-on; None if there is none.
     """
 
-    def __init__(self, find_home: Callable[[], Path]) -> None:
-        self._find_home = find_home
+    def __init__(self, find_home: Callable[[], Path], find_sign_on: Callable[[], SignOn | None] = lambda: None) -> None:
+        self._find_home, self._find_sign_on = find_home, find_sign_on
 
     def routes(self) -> list[APIRoute]:
         """Return them all."""
@@ -87,6 +102,8 @@ class Login:
             ("GET", "/auth/token/valid", self.valid),
             ("GET", "/login", self.page),
             ("POST", "/login", self.log_in),
+            ("GET", BEGIN, self.begin_sign_on),
+            ("GET", CALLBACK, self.finish_sign_on),
             ("POST", "/logout", self.log_out),
         ]
         return [
@@ -96,7 +113,8 @@ class Login:
 
     def enabled(self) -> dict[str, Any]:
         """Say whether one has to log in; 3D Slicer asks first."""
-        return {"enabled": bool(self._guards().users), "client_id": "mshub", "realm": "mshub"}
+        enabled = bool(self._guards().users) or self._find_sign_on() is not None
+        return {"enabled": enabled, "client_id": "mshub", "realm": "mshub"}
 
     def token(
         self, request: Request, username: Annotated[str, Form()], password: Annotated[str, Form()]
@@ -118,7 +136,7 @@ class Login:
             return _page("No login", OPEN.format(start=START))
         if user is not None:
             return _page("Logged in", WELCOME.format(name=escape(user.name), role=escape(user.role), start=START))
-        return _form("", next)
+        return self._form("", next)
 
     def log_in(
         self,
@@ -131,11 +149,46 @@ class Login:
         try:
             token = self._opened(request, username, password)
         except HTTPException as error:
-            return _form(username, next, error)
-        answer = RedirectResponse(_within(next), 303, headers=NO_STORE)
+            return self._form(username, next, error)
+        return _remembered(request, token, RedirectResponse(_within(next), 303, headers=NO_STORE))
+
+    async def begin_sign_on(self, request: Request, next: str = START) -> Response:
+        """Lead a browser to the provider of the single sign-on."""
+        try:
+            address, cookie = await self._sign_on().begin(request, _within(next))
+        except HTTPException as error:
+            return self._form("", next, error)
+        answer = RedirectResponse(address, 303, headers=NO_STORE)
+        # Lax: the way back begins at another site.
         answer.set_cookie(
-            COOKIE, token, int(HOURS * 3600), httponly=True, samesite="strict", secure=request.url.scheme == "https"
+            SIGN_ON_COOKIE,
+            cookie,
+            PENDING_S,
+            path=BEGIN,
+            httponly=True,
+            samesite="lax",
+            secure=_is_https(request),
         )
+        return answer
+
+    async def finish_sign_on(self, request: Request, state: str = "", code: str = "") -> Response:
+        """Log a browser in that comes back from the provider, and lead it where it wanted to go.
+
+        By a page that goes on of itself: a redirect would still begin at the provider's site, and browsers withhold our
+        strict cookie from what begins there.
+        """
+        guards, sign_on = self._guards(), self._sign_on()
+        try:
+            claims, next = await sign_on.finish(request.cookies.get(SIGN_ON_COOKIE, ""), state, code)
+            user, is_guest = sign_on.user_of(claims, guards.users)
+        except HTTPException as error:
+            answer: Response = self._form("", START, error)
+        else:
+            audit.note(user=user.name, role=user.role)
+            address = quote(next, safe=":/%#?=@[]!$&'()*+,;")
+            page = _page("Logged in", SIGNED_ON.format(next=escape(address)), headers={"Refresh": f"0; url={address}"})
+            answer = _remembered(request, guards.logins.open(user, is_guest=is_guest), page)
+        answer.delete_cookie(SIGN_ON_COOKIE, BEGIN, httponly=True, samesite="lax")
         return answer
 
     def log_out(self, request: Request) -> Response:
@@ -147,6 +200,22 @@ class Login:
 
     def _guards(self) -> Guards:
         return Guards.of(self._find_home())
+
+    def _sign_on(self) -> SignOn:
+        sign_on = self._find_sign_on()
+        if sign_on is None:
+            raise HTTPException(404, "This server has no single sign-on: log in with a password.")
+        return sign_on
+
+    def _form(self, name: str, next: str, error: HTTPException | None = None) -> HTMLResponse:
+        """Return the page where people log in, and why they were not; the cursor is where something is missing."""
+        problem = f'<p class="problem" role="alert">{escape(str(error.detail))}</p>' if error else ""
+        first, second = ("", " autofocus") if name else (" autofocus", "")
+        content = FORM.format(problem=problem, name=escape(name), next=escape(next), first=first, second=second)
+        if sign_on := self._find_sign_on():
+            address = f"{sign_on.settings.public_url.rstrip('/')}{BEGIN}?next={quote(next, safe='')}"
+            content += SIGN_ON.format(address=escape(address), provider=escape(sign_on.settings.provider))
+        return _page("Log in", content, error.status_code if error else 200, error.headers if error else None)
 
     def _opened(self, request: Request, name: str, password: str) -> str:
         """Return the token of a new login; whoever guesses has to wait longer and longer."""
@@ -180,15 +249,17 @@ def _within(address: str) -> str:
     """Return an address of this server; of another one, the start."""
     parts = urlsplit(address)
     is_own = address.startswith("/") and not address.startswith(("//", "/\\")) and not (parts.scheme or parts.netloc)
-    return address if is_own and address.isprintable() else START
+    return address if is_own and address.isprintable() and len(address) <= LONGEST_ADDRESS else START
 
 
-def _form(name: str, next: str, error: HTTPException | None = None) -> HTMLResponse:
-    """Return the page where people log in, and why they were not; the cursor is where something is missing."""
-    problem = f'<p class="problem" role="alert">{escape(str(error.detail))}</p>' if error else ""
-    first, second = ("", " autofocus") if name else (" autofocus", "")
-    content = FORM.format(problem=problem, name=escape(name), next=escape(next), first=first, second=second)
-    return _page("Log in", content, error.status_code if error else 200, error.headers if error else None)
+def _remembered(request: Request, token: str, answer: Response) -> Response:
+    """Return an answer with the cookie that keeps a browser logged in."""
+    answer.set_cookie(COOKIE, token, int(HOURS * 3600), httponly=True, samesite="strict", secure=_is_https(request))
+    return answer
+
+
+def _is_https(request: Request) -> bool:
+    return request.url.scheme == "https"
 
 
 def _page(title: str, content: str, status: int = 200, headers: Mapping[str, str] | None = None) -> HTMLResponse:

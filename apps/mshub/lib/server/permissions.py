@@ -19,6 +19,8 @@ SAFE = ("GET", "HEAD", "OPTIONS")
 _PERMITTED = """
 GET    public    /login                               quiet
 POST   public    /login
+GET    public    /login/oidc                          quiet
+GET    public    /login/oidc/callback
 POST   public    /logout
 GET    public    /auth/                               quiet
 POST   public    /auth/token
