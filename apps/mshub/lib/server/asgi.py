@@ -33,6 +33,7 @@ from starlette.types import Scope
 
 from lib.faults import check_name, http_error
 from lib.server.access import USER, Access, Guards, address_of
+from lib.server.bodies import Bodies
 from lib.server.disconnects import Disconnects
 from lib.server.health import Health
 from lib.server.in_threads import in_threads
@@ -449,6 +450,10 @@ def _home() -> Path:
     return home
 
 
+def _upload_limit() -> int:
+    return int(app_instance().config.upload_gb * 2**30)
+
+
 def _current_user(request: Request) -> User:
     """Return who asks, as MONAI Label's routes want to know it; what they may was decided before."""
     user = request.scope[USER]
@@ -468,7 +473,7 @@ def _extend(api: Any) -> None:
     api.dependency_overrides[get_current_user] = _current_user
     origins = [str(origin) for origin in settings.MONAI_LABEL_CORS_ORIGINS]
     access = Middleware(Access, _home, _is_program, origins, health.requests.observe)
-    api.user_middleware += [access, Middleware(Disconnects)]
+    api.user_middleware += [access, Middleware(Disconnects), Middleware(Bodies, _upload_limit)]
     api.add_exception_handler(MSHubError, _on_our_error)
     api.add_exception_handler(json.JSONDecodeError, _on_bad_json)
     api.add_exception_handler(ImageNotFoundException, _on_not_found)
