@@ -32,7 +32,7 @@ from starlette.routing import Match
 from starlette.types import Scope
 
 from lib.faults import check_name, http_error
-from lib.server.access import USER, Access, Guards, address_of
+from lib.server.access import USER, Access, Guards, address_of, comes_from_one_person
 from lib.server.bodies import Bodies
 from lib.server.disconnects import Disconnects
 from lib.server.health import Health
@@ -257,8 +257,16 @@ def next_sample(request: Request, user: AnyUser, strategy: str, params: Annotate
     if "id" not in sample:
         return sample
     if "authorization" in request.headers:
-        Guards.of(_home()).offers.make(request.scope[USER], sample["id"], address_of(request))
+        _offer(request, sample["id"])
     return {**sample, **app_instance().datastore().get_image_info(sample["id"])}
+
+
+def _offer(request: Request, image: str) -> None:
+    """Let 3D Slicer, which says not who asks, fetch an image; not where its address is that of everybody."""
+    if comes_from_one_person(request):
+        Guards.of(_home()).offers.make(request.scope[USER], image, address_of(request))
+    else:
+        logger.warning("3D Slicer cannot fetch the next case: the proxy sends no X-Forwarded-For (docs/access.md)")
 
 
 def start_prelabelling(user: Annotator, model: str, params: Annotated[Any, Body()] = None) -> Any:
