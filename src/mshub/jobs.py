@@ -11,8 +11,9 @@
         .lock            held by the process that works on the job, for as long as it lives
         work/            checkpoints and the candidate; removed when the job is done
 
-A job is a process of its own. It goes on when the server that started it ends, and whoever looks at the folder sees
-the same: no state is kept anywhere else. Jobs take turns: each waits for the lock of the queue before it computes.
+A job is a process of its own, and whoever looks at the folder sees the same: no state is kept anywhere else. It ends
+with the process that started it, at its next step, and is ``interrupted`` then; the next server lets it go on. Jobs
+take turns: each waits for the lock of the queue before it computes.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from filelock import FileLock, Timeout
 from mshub.atomic_file import replace_by_copy, replace_json, replace_text
 from mshub.cases import ReviewedCase
 from mshub.errors import MSHubError, TrainingError
+from mshub.orphans import naming_itself
 from mshub.recipe import Recipe
 from mshub.store import utc_now, writable_folder
 
@@ -46,6 +48,7 @@ OPEN: tuple[State, ...] = ("queued", "running")
 MAX_ATTEMPTS = 3
 START_GRACE_S = 30.0
 STOP_GRACE_S = 30.0
+"""How long a job may take to end once it was asked to, or whoever started it is gone."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ class Job:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._leaving = False
 
     @property
     def id(self) -> str:
@@ -167,8 +171,17 @@ class Job:
         """Whether somebody asked."""
         return (self.path / "stop").exists()
 
+    def leave(self) -> None:
+        """Let the job's own process end at the next step though nobody asked: a server that starts lets it go on."""
+        self._leaving = True
+
+    @property
+    def is_to_end(self) -> bool:
+        """Whether the job's own process is to end at the next step."""
+        return self._leaving or self.is_asked_to_stop
+
     def spawn(self, *, resumable: bool = True) -> None:
-        """Start a process that works on the job; it outlives this one.
+        """Start a process that works on the job and ends with this one.
 
         Parameters
         ----------
@@ -185,7 +198,8 @@ class Job:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
+                env=naming_itself(),
+                start_new_session=True,  # Ctrl+C is for the server; the job ends in its own way
             )
         threading.Thread(target=process.wait, daemon=True).start()  # or it would stay a zombie when it ends
         logger.info("training %s started as process %d", self.id, process.pid)
@@ -207,6 +221,11 @@ class Jobs:
     def turn(self) -> FileLock:
         """The lock a job holds while it computes: one at a time on a machine."""
         return FileLock(writable_folder(self.folder) / ".turn.lock")
+
+    @property
+    def _creating(self) -> FileLock:
+        """The lock of whoever decides that a job is to start."""
+        return FileLock(writable_folder(self.folder) / ".create.lock")
 
     def all(self) -> list[Job]:
         """Return all jobs, oldest first."""
@@ -235,7 +254,7 @@ class Jobs:
         """
         if not request.cases:
             raise TrainingError(f"There is no reviewed case for {request.model_id} yet: submit a label first.")
-        with FileLock(writable_folder(self.folder) / ".create.lock"):
+        with self._creating:
             latest = self.latest(request.model_id)
             state = latest.progress()["state"] if latest else None
             if latest and state in OPEN:
@@ -256,21 +275,29 @@ class Jobs:
         return Job(path)
 
     def resume_interrupted(self) -> list[Job]:
-        """Start again every job whose process died, unless it died too often or a newer job replaced it."""
-        resumed = []
-        for job in self.all():
-            progress = job.progress()
-            newest = self.latest(job.model_id)
-            if progress["state"] != "interrupted" or newest is None or newest.path != job.path:
-                continue
-            if not progress.get("resumable", True):
-                continue
-            if progress["attempts"] >= MAX_ATTEMPTS:
-                job.tell(state="failed", message=f"It ended {MAX_ATTEMPTS} times without saying why; see its log.")
-                continue
+        """Start again every job that broke off, unless it died too often, was stopped or a newer job replaced it."""
+        interrupted = [job for job in self.all() if self._goes_on(job)]
+        resumed = [job for job in interrupted if self._take_up(job)]
+        for job in resumed:
             job.spawn()
-            resumed.append(job)
         return resumed
+
+    def _goes_on(self, job: Job) -> bool:
+        progress, newest = job.progress(), self.latest(job.model_id)
+        if progress["state"] != "interrupted" or not progress.get("resumable", True) or job.is_asked_to_stop:
+            return False
+        return newest is not None and newest.path == job.path
+
+    def _take_up(self, job: Job) -> bool:
+        """Return whether a job is to be started, and count it as such: nobody else starts it as well."""
+        with self._creating:
+            if not self._goes_on(job):
+                return False
+            if job.progress()["attempts"] >= MAX_ATTEMPTS:
+                job.tell(state="failed", message=f"It ended {MAX_ATTEMPTS} times without saying why; see its log.")
+                return False
+            job.tell(**_starting())
+            return True
 
     def stop_all(self) -> list[Job]:
         """Stop every open job and wait for it; one that does not listen is killed. The serving version stays."""

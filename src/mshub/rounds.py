@@ -350,7 +350,7 @@ class _Round:
         return version
 
     def _is_stopped(self) -> bool:
-        return self._job.is_asked_to_stop
+        return self._job.is_to_end
 
     def _tell(self, **facts: Any) -> None:
         self._job.tell(**facts)

@@ -1,7 +1,8 @@
 """The process of one training job: ``python -m mshub.worker JOB-FOLDER``.
 
 It holds the job's lock as long as it lives, waits for its turn, and says in ``progress.json`` how far it is and how it
-ended. SIGTERM asks it to stop: it ends at the next step, keeping its checkpoint.
+ended. Asked to stop, told so by SIGTERM or left alone by the process that started it, it ends at the next step and
+keeps its checkpoint. It is ``stopped`` where somebody asked, and ``interrupted`` where nobody did.
 """
 
 from __future__ import annotations
@@ -11,18 +12,24 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import Timeout
 
+from mshub import jobs
 from mshub.errors import MSHubError
 from mshub.jobs import Job, Jobs
+from mshub.orphans import end_at_once, forks_end_with_this_process, when_orphaned
 from mshub.store import ModelStore, utc_now
 
 logger = logging.getLogger(__name__)
 
 NICENESS = 10
 """Predictions of a running server go first."""
+
+OOM_SCORE = "500"
+"""Of -1000 (never ended) to 1000 (ended first); 0 is usual."""
 
 LOCK_TIMEOUT_S = 10.0
 """How long the job's last process may take to go."""
@@ -38,22 +45,24 @@ def main(arguments: list[str]) -> int:
         logger.error("another process works on %s", job.id)
         return 1
     with held:
-        signal.signal(signal.SIGTERM, lambda *_: job.ask_to_stop())
+        signal.signal(signal.SIGTERM, lambda *_: job.leave())  # a machine that shuts down says so to every process
+        when_orphaned(lambda: _leave(job))
         job.tell(pid=os.getpid(), state="queued", stage="waiting for its turn", message="")
         os.nice(NICENESS)
+        _go_first()
         return _take_turn(job, ModelStore(job.path.parents[1]))
 
 
 def _take_turn(job: Job, store: ModelStore) -> int:
     turn = Jobs(store.home).turn
-    while not job.is_asked_to_stop:
+    while not job.is_to_end:
         try:
             with turn.acquire(timeout=1):
-                if not job.is_asked_to_stop:
+                if not job.is_to_end:
                     return _run(job, store)
         except Timeout:
             continue
-    _end(job, "stopped", "stopped before it began", time.monotonic())
+    _end_early(job, "{} before it began", time.monotonic())
     return 0
 
 
@@ -73,7 +82,7 @@ def _run(job: Job, store: ModelStore) -> int:
     if ended:
         _end(job, "done", job.progress()["message"], started)
     else:
-        _end(job, "stopped", "stopped; asked the same again, it goes on where it was", started)
+        _end_early(job, "{}; {}it goes on where it was", started)
     return 0
 
 
@@ -87,6 +96,31 @@ def _round(job: Job, store: ModelStore) -> bool:
     except Stopped:
         return False
     return True
+
+
+def _end_early(job: Job, message: str, started: float) -> None:
+    """Say that the job was stopped, where somebody asked, or else interrupted, which counts as no attempt."""
+    if job.is_asked_to_stop:
+        _end(job, "stopped", message.format("stopped", "asked the same again, "), started)
+    else:
+        job.tell(attempts=0)
+        _end(job, "interrupted", message.format("interrupted", ""), started)
+
+
+def _leave(job: Job) -> None:
+    """End at the next step, or at once if that takes too long: a thread calls this when the starter is gone."""
+    logger.info("the process that started this training is gone")
+    job.leave()
+    time.sleep(jobs.STOP_GRACE_S)
+    job.tell(attempts=0)
+    end_at_once()
+
+
+def _go_first() -> None:
+    """Let Linux end this process before the server when memory runs out; what this process forks ends with it."""
+    forks_end_with_this_process()
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(OOM_SCORE)
 
 
 def _end(job: Job, state: str, message: str, started: float) -> None:

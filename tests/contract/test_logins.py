@@ -72,6 +72,49 @@ def test_slicer_fetches_the_next_case_as_its_plug_in_does(ward: Site, tmp_path: 
         urllib.request.urlopen(address)
 
 
+def asking(home: Path) -> dict[str, str]:
+    return {"Authorization": f"Bearer {user_file(home).create_token('annotator', 'a proxy', 1)}"}
+
+
+def fetched(server: LiveServer, headers: dict[str, str], next_headers: dict[str, str]) -> int:
+    """Ask for the next case, then for its image as 3D Slicer does; returns the status of that."""
+    answer = httpx.post(f"{server.url}/activelearning/random", json={}, headers=headers)
+    image = answer.json()["id"]
+    return httpx.get(f"{server.url}/datastore/image?image={quote_plus(image)}", headers=next_headers).status_code
+
+
+def test_a_proxy_that_is_trusted_says_whom_it_speaks_for(ward: Site) -> None:
+    ada, ben = {"X-Forwarded-For": "10.1.1.1"}, {"X-Forwarded-For": "10.1.1.2"}
+    token = asking(ward.home)
+    assert fetched(ward.server, token | ada, ben) == 401
+    assert fetched(ward.server, token | ada, ada) == 200
+    (*_, line) = (ward.home / "logs" / "audit.jsonl").read_text().splitlines()
+    assert json.loads(line)["from"] == "10.1.1.1"
+
+
+def test_through_a_proxy_that_keeps_back_whom_it_speaks_for_nobody_is_offered_an_image(ward: Site) -> None:
+    name = {"Host": "mshub.hospital"}
+    assert fetched(ward.server, asking(ward.home) | name, name) == 401
+    assert "the proxy sends no X-Forwarded-For" in ward.server.log.read_text()
+
+
+def test_what_a_stranger_says_of_whom_he_speaks_for_is_not_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    make_image(tmp_path / "studies" / "case.nii.gz", (21, 25, 18))
+    add_model(ModelStore(home), "tiny", make_model_folder(tmp_path / "models" / "tiny"))
+    user_file(home).add("annotator", PASSWORD, "admin")
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "10.9.9.9")
+    server = LiveServer(home, ["--studies", str(tmp_path / "studies")], tmp_path, probe="/health/live")
+    try:
+        assert fetched(server, asking(home) | {"X-Forwarded-For": "10.1.1.1"}, {"X-Forwarded-For": "10.1.1.2"}) == 200
+        told = (home / "logs" / "audit.jsonl").read_text()
+        assert {json.loads(line)["from"] for line in told.splitlines()} == {"127.0.0.1"}
+    finally:
+        server.stop()
+
+
 def test_a_viewer_looks_and_changes_nothing(ward: Site, tmp_path: Path) -> None:
     client = ward.server.client(tmp_path)
     client.update_auth(client.auth_token("viewer", PASSWORD))

@@ -87,7 +87,10 @@ def test_who_annotates_logs_in_works_and_logs_out(ward: Hospital, browser: OhifB
     page.goto(f"{ward.server.url}/login")
     page.get_by_text("You are logged in as grace (annotator).").wait_for()
     browser.screenshot("login-4-logged-in")
-    page.get_by_role("button", name="Log out").click()
+    page.get_by_role("link", name="Open the viewer").click()
+    assert browser.text("account") == "grace"
+    browser.screenshot("login-7-study-list")
+    browser.control("log-out").click()
     page.get_by_label("User name").wait_for()
     assert COOKIE not in {cookie.get("name") for cookie in page.context.cookies()}
     page.goto(f"{ward.server.url}/viewer/")
@@ -100,6 +103,7 @@ def test_who_may_only_look_is_told_so(ward: Hospital, browser: OhifBrowser) -> N
     browser.page.goto(f"{ward.server.url}/viewer/")
     log_in(browser, "guest")
     browser.open_mode(maker.study_uid)
+    assert (browser.text("account"), browser.control("log-out").count()) == ("guest", 1)
     assert browser.problems == []
     browser.control("run").click()
     browser.page.get_by_text("guest is viewer here; this needs annotator").first.wait_for()
@@ -107,6 +111,28 @@ def test_who_may_only_look_is_told_so(ward: Hospital, browser: OhifBrowser) -> N
     answers = [problem for problem in browser.problems if problem.startswith(("4", "5"))]
     assert [answer.split("?")[0] for answer in answers] == [f"403 POST {ward.server.url}/infer/tiny"]
     assert not ward.segs(maker)
+
+
+def test_the_way_out_of_a_study_asks_about_what_was_not_submitted_and_stays_when_told(
+    ward: Hospital, browser: OhifBrowser
+) -> None:
+    maker = SeriesMaker("left open", seed=33)
+    ward.store(maker)
+    page = browser.page
+    page.goto(f"{ward.server.url}/viewer/")
+    log_in(browser, "grace")
+    browser.open_mode(maker.study_uid)
+    browser.segment("tiny")
+    browser.brush("spleen", 4)
+    asked = []
+    page.once("dialog", lambda dialog: (asked.append(dialog.type), dialog.dismiss()))
+    browser.control("log-out").click()
+    page.wait_for_timeout(500)
+    assert asked == ["beforeunload"]
+    assert browser.labelmap()[0].any()
+    page.once("dialog", lambda dialog: dialog.accept())
+    browser.control("log-out").click()
+    page.get_by_label("User name").wait_for()
 
 
 def test_whose_login_ended_is_told_how_to_go_on(ward: Hospital, browser: OhifBrowser) -> None:

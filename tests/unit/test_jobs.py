@@ -526,6 +526,26 @@ def test_a_job_of_a_caller_who_waits_for_it_is_not_started_again(
     assert len(workers.started) == 1
 
 
+def test_what_a_person_stopped_is_not_started_again_even_if_it_could_not_say_so(
+    jobs: Jobs, case: ReviewedCase, workers: Workers
+) -> None:
+    job = died(jobs.create(ask(case)))
+    job.ask_to_stop()
+    assert job.progress()["state"] == "interrupted"
+    assert jobs.resume_interrupted() == workers.started == []
+
+
+def test_of_two_who_let_a_job_go_on_one_starts_it(jobs: Jobs, case: ReviewedCase, workers: Workers) -> None:
+    workers.behave("listens")
+    died(jobs.create(ask(case)))
+    threads = [threading.Thread(target=jobs.resume_interrupted) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(workers.started) == 1
+
+
 def test_a_job_that_dies_again_and_again_is_given_up(jobs: Jobs, case: ReviewedCase, workers: Workers) -> None:
     workers.behave("dies")
     job = jobs.create(ask(case))

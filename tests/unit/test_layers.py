@@ -23,7 +23,8 @@ LIBRARY_LAYERS = (
     *("image_limits", "geometry", "image_file", "nifti", "itk_files", "dicom_series", "volume_io"),
     *("mr_sequences", "channel_series", "dicom_derived", "seg_frames", "dicom_seg", "contours", "dicom_rtstruct"),
     *("label_export", "corrections"),
-    *("cases", "case_folders", "training_labels", "doubts", "scores", "recipe", "gate", "holdout", "jobs", "lineage"),
+    *("cases", "case_folders", "training_labels", "doubts", "scores", "recipe", "gate", "holdout"),
+    *("orphans", "jobs", "lineage"),
     *("agreement", "volumes", "label_quality", "stopping", "uncertainty", "calibration", "selection"),
     *("case_schema", "case_database", "case_scores", "case_offers", "case_batches", "case_index"),
     *("report.contents", "report.words", "report.comparisons", "report.curves", "report.canvas", "report.slices"),
@@ -45,7 +46,7 @@ LIBRARY_LAYERS = (
 )
 APP_LAYERS = (
     *("lib.faults", "lib.audit", "lib.free_space", "lib.index_file", "lib.label_note", "lib.janitor", "lib.sessions"),
-    *("lib.oidc_settings", "lib.conf", "lib.activity", "lib.digests", "lib.reviews", "lib.datastore"),
+    *("lib.background", "lib.oidc_settings", "lib.conf", "lib.activity", "lib.digests", "lib.reviews", "lib.datastore"),
     *("lib.pacs_client", "lib.pacs_images", "lib.pacs_labels", "lib.pacs", "lib.exports"),
     *("lib.infers", "lib.trainers", "lib.activelearning", "lib.warm_up", "lib.app", "lib.server", "main"),
 )

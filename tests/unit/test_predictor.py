@@ -17,7 +17,15 @@ import torch
 
 from factories import make_image, make_model_folder, odd_grids
 from mshub.catalogue import InputRules
-from mshub.errors import CaseError, ChannelError, GeometryError, LabelError, ModelFolderError, PredictionError
+from mshub.errors import (
+    CaseError,
+    ChannelError,
+    DeviceFull,
+    GeometryError,
+    LabelError,
+    ModelFolderError,
+    PredictionError,
+)
 from mshub.geometry import Volume, same_grid
 from mshub.nnunet import engine as engine_module
 from mshub.nnunet import network_cache as network_cache_module
@@ -391,7 +399,7 @@ def test_probabilities_of_what_the_model_does_not_know_are_refused(liver_spleen:
 
 
 class SmallGPU(Engine):
-    """An engine that says it is on a GPU, which has too little memory as often as the test wants."""
+    """An engine that says it is on a GPU, which lacks memory for what the test says, each once."""
 
     too_little: ClassVar[list[str]] = []
 
@@ -399,10 +407,12 @@ class SmallGPU(Engine):
         super().__init__(folder, folds, CPU, *more)
         self.device = device
 
-    def logits(self, data: np.ndarray, **options: Any) -> torch.Tensor:
-        if self.device.type == "cuda" and self.too_little:
-            raise torch.OutOfMemoryError(self.too_little.pop())
-        return super().logits(data, **options)
+    def logits(self, data: np.ndarray, *, sums_in_main_memory: bool = False, **options: Any) -> torch.Tensor:
+        lacks_room_for = self.too_little.pop(0) if self.too_little else ""
+        if self.device.type == "cuda" and lacks_room_for == "the network":
+            raise torch.OutOfMemoryError("none left")
+        in_main_memory = sums_in_main_memory or (self.device.type == "cuda" and lacks_room_for == "the sums")
+        return super().logits(data, sums_in_main_memory=in_main_memory, **options)
 
 
 @pytest.fixture
@@ -413,23 +423,54 @@ def small_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     SmallGPU.too_little.clear()
 
 
-@pytest.mark.parametrize(
-    ("times", "device", "said"), [(0, "cuda:0", None), (1, "cuda:0", "emptied for it"), (2, "cpu", "too little memory")]
-)
-def test_a_gpu_without_memory_is_tried_alone_and_then_the_cpu(
-    liver_spleen: Path, image: Path, small_gpu: list[str], times: int, device: str, said: str | None
+EMPTIED = "cuda:0 was emptied for it: beside other networks its memory did not suffice"
+IN_MAIN_MEMORY = "what the network made on cuda:0 was added up in main memory"
+STEPS = {
+    "enough": ([], "cuda:0", None),
+    "too little for the sums": (["the sums"], "cuda:0", IN_MAIN_MEMORY),
+    "too little beside others": (["the network"], "cuda:0", EMPTIED),
+    "too little for the sums, alone": (["the network", "the sums"], "cuda:0", f"{EMPTIED}; {IN_MAIN_MEMORY}"),
+    "too little beside the sums": (["the network"] * 2, "cuda:0", f"{EMPTIED}; {IN_MAIN_MEMORY}"),
+    "too little": (["the network"] * 3, "cpu", "cuda:0 has too little memory for it"),
+}
+
+
+@pytest.mark.parametrize(("lacks_room_for", "device", "said"), STEPS.values(), ids=STEPS.keys())
+def test_a_gpu_without_memory_is_tried_alone_then_with_sums_elsewhere_then_the_cpu(
+    liver_spleen: Path, image: Path, small_gpu: list[str], lacks_room_for: list[str], device: str, said: str | None
 ) -> None:
     expected = predict(liver_spleen, image, options=BALANCED)
-    cache = NetworkCache()
-    other = ModelFolder.open(liver_spleen)
-    load(cache, other, torch.device("cuda", 0))
-    small_gpu.extend(["none left"] * times)
-    found = NNUNetPredictor(ModelFolder.open(liver_spleen), cache).predict([image], BALANCED)
+    small_gpu.extend(lacks_room_for)
+    found = NNUNetPredictor(ModelFolder.open(liver_spleen), NetworkCache()).predict([image], BALANCED)
     assert np.array_equal(found.labels.array_xyz, expected.labels.array_xyz)
-    assert found.provenance["device"] == device
-    stepped_down = found.provenance.get("stepped_down")
-    assert (stepped_down is None) if said is None else (said in stepped_down and "cuda:0" in stepped_down)
+    assert (found.provenance["device"], found.provenance.get("stepped_down")) == (device, said)
+    assert found.provenance["profile"] == "balanced", "what would change the result and save nothing is left alone"
     assert small_gpu == []
+
+
+def test_other_networks_are_given_up_before_a_request_is_tried_again(
+    liver_spleen: Path, image: Path, small_gpu: list[str], three_folders: list[ModelFolder]
+) -> None:
+    cache, gpu = NetworkCache(), torch.device("cuda", 0)
+    for folder in three_folders:
+        load(cache, folder, gpu)
+    load(cache, three_folders[0], CPU)
+    small_gpu.extend(["the network"])
+    NNUNetPredictor(ModelFolder.open(liver_spleen), cache).predict([image], BALANCED)
+    assert cache.loaded() == [str(three_folders[0].path), str(liver_spleen)], "those on other devices stay"
+
+
+def test_a_cpu_without_memory_is_an_error(liver_spleen: Path, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def none_left(*_: Any, **__: Any) -> torch.Tensor:
+        tried.append(1)
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setattr(Engine, "logits", none_left)
+    with pytest.raises(DeviceFull, match="cpu ran out of memory"):
+        predict(liver_spleen, image, options=BALANCED)
+    assert tried == [1]
 
 
 # -- the cache and its locks --------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +114,32 @@ def test_nothing_is_left_of_one_image_in_the_next(tmp_path: Path) -> None:
     engine.logits(other, mirroring=True, step=0.5)
     assert torch.equal(first, kept)
     assert torch.equal(engine.logits(one, mirroring=True, step=0.5), kept)
+
+
+@pytest.mark.parametrize("v1", [False, True], ids=["v2", "v1"])
+def test_sums_go_to_main_memory_where_the_device_has_none_left_or_where_that_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, v1: bool
+) -> None:
+    monkeypatch.setattr(ModelFolder, "predicts_as_v1", v1)
+    folder = ModelFolder.open(make_model_folder(tmp_path / "model"))
+    window = Engine(folder, folder.folds, CPU)._window
+    window.device = torch.device("meta")  # some device that is not the CPU
+    places = partial(torch.zeros, 3, device="meta"), partial(torch.zeros, 3)
+    assert window._where_there_is_room(*places).device == window.device
+    assert not window.sums_in_main_memory
+
+    def none_left() -> torch.Tensor:
+        raise torch.OutOfMemoryError("none left")
+
+    assert window._where_there_is_room(none_left, places[1]).device == CPU
+    assert window.sums_in_main_memory
+    assert window._where_there_is_room(*places).device == CPU
+
+
+def test_where_one_image_left_too_little_memory_the_next_is_tried_on_the_device_again(tmp_path: Path) -> None:
+    folder = ModelFolder.open(make_model_folder(tmp_path / "model"))
+    engine, data = Engine(folder, folder.folds, CPU), np.random.default_rng(1).normal(size=(1, 20, 30, 30))
+    expected = engine.logits(data.astype(np.float32), mirroring=True, step=0.5, sums_in_main_memory=True)
+    assert engine.summed_in_main_memory
+    assert torch.equal(engine.logits(data.astype(np.float32), mirroring=True, step=0.5), expected)
+    assert not engine.summed_in_main_memory

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from filelock import Timeout
 
@@ -41,6 +42,7 @@ def niceness(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """What this process would have been made nicer by; what it does on SIGTERM is put back."""
     asked: list[int] = []
     monkeypatch.setattr(os, "nice", asked.append)
+    monkeypatch.setattr(worker, "_go_first", lambda: None)
     before = signal.getsignal(signal.SIGTERM)
     yield asked
     signal.signal(signal.SIGTERM, before)
@@ -242,6 +244,7 @@ def test_a_job_stopped_while_it_waits_does_not_begin_when_its_turn_comes(
 
 def test_a_round_that_was_stopped_says_how_it_goes_on(job: Job, work_on: Callable[[RunRound], int]) -> None:
     def stop(*_: object) -> None:
+        job.ask_to_stop()
         raise Stopped
 
     assert work_on(stop) == 0
@@ -251,24 +254,29 @@ def test_a_round_that_was_stopped_says_how_it_goes_on(job: Job, work_on: Callabl
     assert progress["ended"]
 
 
-def test_sigterm_asks_to_stop_and_the_round_ends_by_itself(job: Job, work_on: Callable[[RunRound], int]) -> None:
+def test_on_sigterm_the_round_ends_by_itself_and_is_interrupted_as_nobody_stopped_it(
+    job: Job, work_on: Callable[[RunRound], int]
+) -> None:
     steps = []
 
-    def run(*_: object) -> None:
+    def run(_: ModelStore, its_job: Job) -> None:
         for step in range(1000):
             steps.append(step)
             if step == 3:
                 os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.005)
-            if job.is_asked_to_stop:
+            if its_job.is_to_end:
                 raise Stopped
 
+    job.tell(attempts=2)
     assert work_on(run) == 0
     assert 3 <= steps[-1] < 999
-    assert told(job)["state"] == "stopped"
+    assert (told(job)["state"], told(job)["message"]) == ("interrupted", "interrupted; it goes on where it was")
+    assert told(job)["attempts"] == 0, "it said why: a server that starts every night does not give it up"
+    assert not job.is_asked_to_stop
 
 
-def test_the_real_process_waits_without_loading_torch_and_ends_on_sigterm(
+def test_the_real_process_waits_without_loading_torch_goes_first_and_ends_on_sigterm(
     job: Job, store: ModelStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[subprocess.Popen[bytes]] = []
@@ -288,9 +296,70 @@ def test_the_real_process_waits_without_loading_torch_and_ends_on_sigterm(
             assert job.progress()["state"] == "queued"
             libraries = Path(f"/proc/{process.pid}/maps")
             assert not libraries.exists() or "libtorch" not in libraries.read_text()
+            score = Path(f"/proc/{process.pid}/oom_score_adj")
+            eventually(lambda: not score.exists() or int(score.read_text()) == int(worker.OOM_SCORE))
             process.send_signal(signal.SIGTERM)
             assert process.wait(60) == 0
         finally:
             process.kill()
-    assert (told(job)["state"], told(job)["message"]) == ("stopped", "stopped before it began")
-    assert "stopped: stopped before it began" in job.log_tail(1)[0]
+    assert (told(job)["state"], told(job)["message"]) == ("interrupted", "interrupted before it began")
+    assert "interrupted: interrupted before it began" in job.log_tail(1)[0]
+
+
+STARTER_PROCESS = """
+import sys, time
+from pathlib import Path
+from mshub.jobs import Job
+
+Job(Path(sys.argv[1])).spawn()
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_training_ends_with_the_process_that_started_it_and_goes_on_with_the_next(
+    job: Job, store: ModelStore, how: signal.Signals
+) -> None:
+    with Jobs(store.home).turn:
+        starter = subprocess.Popen([sys.executable, "-c", STARTER_PROCESS, str(job.path)], stderr=subprocess.DEVNULL)
+        eventually(lambda: told(job)["pid"] is not None)
+        assert job.progress()["state"] == "queued"
+        starter.send_signal(how)
+        starter.wait(10)
+        eventually(lambda: not job.is_alive())
+    assert (told(job)["state"], told(job)["message"]) == ("interrupted", "interrupted before it began")
+    (resumed,) = Jobs(store.home).resume_interrupted()
+    assert resumed.path == job.path
+    Jobs(store.home).stop_all()
+
+
+def test_a_training_that_takes_too_long_to_end_with_its_starter_is_ended(job: Job, store: ModelStore) -> None:
+    """As one that judges a large case; what it forked, as nnU-Net forks for a GPU, ends with it and holds no lock."""
+    busy = """
+import multiprocessing, os, sys, time
+from pathlib import Path
+import mshub.jobs, mshub.worker
+
+def judge(job, store):
+    fork = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+    fork.start()
+    job.tell(fork=fork.pid)
+    time.sleep(600)
+
+mshub.jobs.STOP_GRACE_S, mshub.worker._round = 0.5, judge
+sys.exit(mshub.worker.main(sys.argv[1:]))
+"""
+    starting = f"""
+import os, subprocess, sys, time
+from mshub.orphans import naming_itself
+subprocess.Popen([sys.executable, "-c", {busy!r}, sys.argv[1]], env=naming_itself(), start_new_session=True)
+time.sleep(600)
+"""
+    starter = subprocess.Popen([sys.executable, "-c", starting, str(job.path)])
+    eventually(lambda: told(job).get("fork"))
+    fork = psutil.Process(told(job)["fork"])
+    starter.kill()
+    starter.wait(10)
+    eventually(lambda: not job.is_alive())
+    eventually(lambda: not fork.is_running() or fork.status() == psutil.STATUS_ZOMBIE)
+    assert (job.progress()["state"], job.progress()["attempts"]) == ("interrupted", 0)

@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import import_module
@@ -23,7 +24,7 @@ from monailabel.interfaces.tasks.scoring import ScoringMethod
 from monailabel.interfaces.tasks.strategy import Strategy
 
 import mshub
-from lib import audit
+from lib import audit, background
 from lib.activelearning import ActiveLearning
 from lib.activity import Activity
 from lib.conf import Config
@@ -39,7 +40,7 @@ from lib.sessions import UploadSessions
 from lib.trainers import NNUNetTrainTask, Trainings, studies_of
 from lib.warm_up import WarmUp
 from mshub.errors import MSHubError
-from mshub.jobs import Jobs
+from mshub.jobs import STOP_GRACE_S, Jobs
 from mshub.label_export import FORMATS
 from mshub.log_lines import hide_with
 from mshub.nnunet.devices import available_devices, candidate_devices
@@ -58,6 +59,8 @@ UNPROTECTED = (
     "labels and replace models, pages of any site may ask it, a prediction blocks all other requests, and "
     "nothing is audited. Use `mshub serve`, or add --uvicorn_app lib.server.asgi:app."
 )
+RESUME_WITHIN_S = 2 * STOP_GRACE_S
+"""How long after its start a server looks for trainings that break off."""
 PREPARED_BYTES = 20 * 2**30
 """Disk for networks that OpenVINO has prepared."""
 DESCRIPTION = "nnU-Net models for automatic segmentation, fine-tuned with your corrections. For research use."
@@ -77,6 +80,7 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
     """
 
     def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
+        background.end_with_server()
         self.config = Config.parse(conf or {})
         self.store = ModelStore(self.config.home)
         self.cache = NetworkCache(int(self.config.cache_gb * 2**30), self.store.prepared_networks)
@@ -182,9 +186,10 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         """
         if LAYER not in sys.modules:
             logger.warning(UNPROTECTED)
+        background.begin()
         self._warm_up.start()
         if settings.MONAI_LABEL_TASKS_TRAIN:
-            self._resume_trainings()
+            threading.Thread(target=self._resume_trainings, name="resume", daemon=True).start()
         logging.getLogger("timeloop").disabled = True
         self._hide_images()
         Janitor(self._sweeping()).start()
@@ -222,9 +227,13 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         return UploadSessions(settings.MONAI_LABEL_SESSION_PATH, settings.MONAI_LABEL_SESSION_EXPIRY)
 
     def _resume_trainings(self) -> None:
+        """Let trainings that broke off go on, also those that are about to: the last server may have died just now."""
+        until = time.monotonic() + RESUME_WITHIN_S
         try:
-            for job in self.jobs.resume_interrupted():
-                logger.info("%s broke off and goes on", job.id)
+            while time.monotonic() < until:
+                for job in self.jobs.resume_interrupted():
+                    logger.info("%s broke off and goes on", job.id)
+                time.sleep(1)
         except (OSError, ValueError, MSHubError) as error:  # models serve all the same
             logger.error("trainings that broke off cannot be resumed: %s", error)
 

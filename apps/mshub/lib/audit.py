@@ -27,7 +27,13 @@ logger = logging.getLogger(__name__)
 
 FILE_BYTES, FILES = 50 * 2**20, 20
 HASH_DIGITS, KEY_BYTES = 16, 32
-_WORD = re.compile(r"\w[\w.-]+\w")  # an id, or a file name without its folder
+_WORD = re.compile(r"\w[\w.-]+\w|(?<![\w.-])\w{1,2}(?![\w-])")
+"""An id, or a file name without its folder."""
+_QUOTED, _SAID = re.compile(r"['\"=/]$"), re.compile(r"['\"&/]|:\s")
+"""What stands before or after a short id where it is one: ids such as ``a`` or ``7`` are words, too."""
+_UID = re.compile(r"(?<![\d.])(?!1\.2\.840\.10008\.)(?:\d+(?:\.\d+){3,}|2\.25\.\d+)")
+"""What DICOM calls a series, a study or an object; those under 1.2.840.10008 are the standard's own words."""
+SHORTEST_UID = 20
 
 _facts: ContextVar[dict[str, Any] | None] = ContextVar("audited", default=None)
 
@@ -63,7 +69,7 @@ class Pseudonyms:
         return hmac.new(self._key, name.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()[:HASH_DIGITS]
 
     def hide(self, text: str, image_of: Callable[[str], str | None]) -> str:
-        """Return a text with what stands for the images named in it.
+        """Return a text with what stands for the images named in it, and for all that looks like a UID of DICOM.
 
         Parameters
         ----------
@@ -73,10 +79,21 @@ class Pseudonyms:
         """
 
         def hidden(found: re.Match[str]) -> str:
-            image = image_of(found[0])
-            return found[0] if image is None else self.of(image)
+            image = image_of(found[0]) if _may_be_an_id(found) else None
+            return _UID.sub(self._hidden_uid, found[0]) if image is None else self.of(image)
 
         return _WORD.sub(hidden, text)
+
+    def _hidden_uid(self, found: re.Match[str]) -> str:
+        return self.of(found[0]) if len(found[0]) >= SHORTEST_UID else found[0]
+
+
+def _may_be_an_id(found: re.Match[str]) -> bool:
+    """Return whether a word is long enough, such as ``P1`` or ``AB``, or at a place where no other word is meant."""
+    word = found[0]
+    if len(word) > 2 or (len(word) == 2 and (word.isupper() or not (word.isalpha() or word.isdigit()))):
+        return True
+    return bool(_QUOTED.search(found.string[: found.start()][-1:]) or _SAID.match(found.string, found.end()))
 
 
 class AuditLog:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import re
 import shutil
+import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -45,11 +47,18 @@ class UploadSessions(Sessions):  # type: ignore[misc]
     def add_session(
         self, data_file: str, expiry: int = 0, uncompress: bool = False, session_id: str | None = None
     ) -> tuple[str, SessionInfo]:
-        """Keep a file, or a folder of files, as a new session; archives are refused."""
-        refuse_archive(uncompress)
-        added: tuple[str, SessionInfo] = super().add_session(
-            data_file, min(expiry if expiry > 0 else self.expiry, LONGEST_S), False, session_id or str(uuid4())
-        )
+        """Keep a file, or a folder of files, as a new session; archives are refused.
+
+        What is given is taken over: if it cannot be kept, nothing of it is left.
+        """
+        session_id, expiry = session_id or str(uuid4()), min(expiry if expiry > 0 else self.expiry, LONGEST_S)
+        try:
+            refuse_archive(uncompress)
+            added: tuple[str, SessionInfo] = super().add_session(data_file, expiry, False, session_id)
+        except BaseException:
+            self.remove_session(session_id)
+            _remove_upload(Path(data_file))
+            raise
         return added
 
     def get_session(self, session_id: str, update_ts: bool = True, fetch_cache: bool = True) -> SessionInfo | None:
@@ -92,3 +101,12 @@ class UploadSessions(Sessions):  # type: ignore[misc]
                 shutil.rmtree(path, ignore_errors=True)
                 count += 1
         return count
+
+
+def _remove_upload(path: Path) -> None:
+    """Remove an upload, and the temporary folder that MONAI Label's own route made for it and forgets when it fails."""
+    shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
+        if path.parent.parent == Path(tempfile.gettempdir()):
+            path.parent.rmdir()

@@ -24,7 +24,8 @@ window.config = {
         'span',
         { title: 'MSHub in OHIF', style: { color: '#fff', fontSize: '15px', fontWeight: 600, whiteSpace: 'nowrap' } },
         'MSHub',
-        React.createElement('span', { style: { color: '#7bb2ce', fontWeight: 400, marginLeft: '6px' } }, 'OHIF')
+        React.createElement('span', { style: { color: '#7bb2ce', fontWeight: 400, marginLeft: '6px' } }, 'OHIF'),
+        React.createElement('mshub-account')
       ),
   },
   customizationService: {

@@ -1,5 +1,6 @@
 /* MSHub's extension of OHIF: three panels, around OHIF's own segmentation panel, and one command for each key. */
 
+import { Account } from './account.js';
 import { element } from './dom.js';
 import { OutcomePanel, ReviewPanel } from './review-panel.js';
 import { SegmentPanel } from './segment-panel.js';
@@ -20,6 +21,7 @@ export default {
     workbench.connect(managers);
     windowLinearly(window.cornerstone.metaData);
     document.head.append(element('link', { rel: 'stylesheet', href: STYLE }));
+    customElements.define('mshub-account', Account);
     Object.entries(PANELS).forEach(([name, panel]) => customElements.define(`mshub-${name}`, panel));
   },
 

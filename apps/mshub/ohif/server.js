@@ -55,6 +55,15 @@ const posted = content => ({
 const at = (path, query) => `${path}?${new URLSearchParams(query)}`;
 const segment = encodeURIComponent;
 
+/** Who is logged in; null on a server without users, and where nobody can tell. */
+export async function account() {
+  try {
+    return (await json('/auth/')).enabled ? await json('/auth/token/valid') : null;
+  } catch {
+    return null;
+  }
+}
+
 export const information = () => json('/info/');
 export const running = async () => (await json('/mshub/status')).running ?? [];
 export const channels = (model, image) => json(at(`/mshub/channels/${segment(model)}`, { image }));

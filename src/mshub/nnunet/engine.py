@@ -184,6 +184,7 @@ class Engine:
         progress: Progress | None = None,
         check: Check | None = None,
         measures: Measures | None = None,
+        sums_in_main_memory: bool = False,
     ) -> torch.Tensor:
         """Run the sliding window over all folds.
 
@@ -195,6 +196,8 @@ class Engine:
             See `mshub.nnunet.predictor.Profile`.
         progress, check, measures
             See `mshub.nnunet.sliding_window.SlidingWindow.start`.
+        sums_in_main_memory : bool
+            Leave a GPU to the network alone. Where it has too little memory, that is done unasked.
 
         Returns
         -------
@@ -207,6 +210,7 @@ class Engine:
             The network's output is not finite.
         """
         self._window.use_mirroring, self._window.tile_step_size = mirroring, step
+        self._window.sums_in_main_memory = sums_in_main_memory
         self._window.start(progress, check, measures)
         try:
             logits: torch.Tensor = self._window.predict_logits_from_preprocessed_data(
@@ -216,6 +220,11 @@ class Engine:
             for network in self._networks:
                 network.release()
         return logits
+
+    @property
+    def summed_in_main_memory(self) -> bool:
+        """Whether the last logits were added up in main memory though the network runs on a GPU."""
+        return self._window.sums_in_main_memory
 
     def uncertainty(self, measures: Measures, logits: torch.Tensor, properties: dict[str, Any]) -> Uncertainty:
         """Return what was measured while `logits` were made."""

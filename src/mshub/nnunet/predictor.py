@@ -32,6 +32,11 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
+EMPTIED = "{} was emptied for it: beside other networks its memory did not suffice"
+IN_MAIN_MEMORY = "what the network made on {} was added up in main memory"
+TOO_SMALL = "{} has too little memory for it"
+"""What the answer says of a GPU that was too small, in ``provenance``."""
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -224,28 +229,29 @@ class NNUNetPredictor:
             return engine.uncertainty(measures, self._logits(engine, image, run, measures), image.properties)
 
     def _stepping_down(self, run: _Run, work: Callable[[_Run], Result]) -> Result:
-        """Do `work`; where a GPU has too little memory, again with no other network on it, and then on the CPU.
+        """Do `work`; where a GPU has too little memory, in the ways that need less, see `_smaller`."""
+        while True:
+            try:
+                return work(run)
+            except DeviceFull as error:
+                run = self._smaller(run, error)
 
-        Without mirroring, or with larger steps, it would need as much: these change how often the network runs.
+    def _smaller(self, run: _Run, error: DeviceFull) -> _Run:
+        """Return a run that needs less memory of its GPU, which is emptied; raise `error` where that was the CPU's.
+
+        With no other network there; with nothing but the network there; on the CPU. Mirroring and steps stay as they
+        are: they change how often the network runs, one pass at a time, and with it the result, but hardly the memory.
         """
-        try:
-            return work(run)
-        except DeviceFull as error:
-            device = self._made_room(run, error)
-        alone = run.again(device, f"{device} was emptied for it: beside other networks its memory did not suffice")
-        try:
-            return work(alone)
-        except DeviceFull as error:
-            self._made_room(alone, error)
-        return work(run.again(torch.device("cpu"), f"{device} has too little memory for it"))
-
-    def _made_room(self, run: _Run, error: DeviceFull) -> torch.device:
-        """Empty the GPU that was too small, and return it; where the CPU's memory did not suffice nothing helps."""
-        if run.device is None or run.device.type == "cpu":
+        device = run.device
+        if device is None or device.type == "cpu":
             raise error
         logger.warning("%s It is tried once more otherwise.", error)
-        self._cache.make_room(run.device)
-        return run.device
+        self._cache.make_room(device)
+        if not run.is_alone:
+            return run.again(device, EMPTIED.format(device))
+        if not run.sums_in_main_memory:
+            return run.again(device, EMPTIED.format(device), sums_in_main_memory=True)
+        return run.again(torch.device("cpu"), TOO_SMALL.format(device))
 
     def warm(self, options: PredictOptions = PredictOptions()) -> None:
         """Load the network and run it on one tile, so that the next request finds everything ready.
@@ -333,7 +339,10 @@ class NNUNetPredictor:
             progress=run.progress,
             check=run.check,
             measures=measures,
+            sums_in_main_memory=run.sums_in_main_memory,
         )
+        if engine.summed_in_main_memory:
+            run.stepped_down = "; ".join(filter(None, [run.stepped_down, IN_MAIN_MEMORY.format(run.device)]))
         run.clock.lap("network")
         return logits
 
@@ -388,10 +397,20 @@ class _Run:
     runtime: str = ""
     grid: Grid | None = None
     stepped_down: str = ""
+    is_alone: bool = False
+    sums_in_main_memory: bool = False
 
-    def again(self, device: torch.device, stepped_down: str) -> _Run:
-        """Return the same prediction, on another device; why, the answer says."""
-        return replace(self, devices=(device,), device=None, clock=_Clock(), stepped_down=stepped_down)
+    def again(self, device: torch.device, stepped_down: str, *, sums_in_main_memory: bool = False) -> _Run:
+        """Return the same prediction, on a device to itself; why, the answer says."""
+        return replace(
+            self,
+            devices=(device,),
+            device=None,
+            clock=_Clock(),
+            stepped_down=stepped_down,
+            is_alone=True,
+            sums_in_main_memory=sums_in_main_memory,
+        )
 
 
 def _prepare(data: Array, properties: dict[str, Any], grid: Grid, profile: Profile, engine: Engine) -> PreparedImage:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from itertools import combinations
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -30,12 +31,18 @@ Check = Callable[[], None]
 """Called now and then; raises to end what is being done."""
 Network = Callable[[torch.Tensor], torch.Tensor]
 """Takes a tile, axes (batch, channel, *spatial), and returns its logits, axes (batch, class, *spatial)."""
+Sums = TypeVar("Sums")
 
 
 class SlidingWindow(nnUNetPredictor):  # type: ignore[misc]
     """nnU-Net v2's predictor, silent, with its progress told to a callback.
 
     The parent's constructor prints on CPU and its loader imports trainer classes and unpickles; neither is called.
+
+    Attributes
+    ----------
+    sums_in_main_memory : bool
+        Whether the sums are to be, and after a prediction whether they were, in main memory though the network is not.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -45,6 +52,7 @@ class SlidingWindow(nnUNetPredictor):  # type: ignore[misc]
         self.device = device
         self._networks: tuple[Network, ...] = ()
         self.perform_everything_on_device = False  # where the sums are is decided here
+        self.sums_in_main_memory = False
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = True
         self.start(None)
@@ -130,14 +138,17 @@ class SlidingWindow(nnUNetPredictor):  # type: ignore[misc]
     def _sums(self, shape: tuple[int, ...]) -> SumsOnCPU | SumsOnDevice:
         """Return sums for an image where the network is, or else, where that has too little memory, in main memory."""
         facts = self.label_manager.num_segmentation_heads, shape, tuple(self.configuration_manager.patch_size)
-        if self.device.type != "cpu":
+        on_device: Callable[[], SumsOnCPU | SumsOnDevice] = partial(SumsOnDevice, *facts, self.device)
+        return self._where_there_is_room(on_device, partial(SumsOnCPU, *facts))
+
+    def _where_there_is_room(self, on_device: Callable[[], Sums], in_main_memory: Callable[[], Sums]) -> Sums:
+        if self.device.type != "cpu" and not self.sums_in_main_memory:
             try:
-                return SumsOnDevice(*facts, self.device)
+                return on_device()
             except torch.OutOfMemoryError:
-                logger.warning(
-                    "%s has no memory left for the output of the network; it goes to main memory", self.device
-                )
-        return SumsOnCPU(*facts)
+                logger.warning("%s has no memory left for what the network makes; it goes to main memory", self.device)
+                self.sums_in_main_memory = True
+        return in_main_memory()
 
     def _tiles(self, data: torch.Tensor, slicers: list[Any]) -> Iterator[tuple[torch.Tensor, Any]]:
         """Yield the tiles of an image, axes (1, channel, *patch), on the device of the network, and where they lie."""
@@ -239,12 +250,12 @@ class ProbabilityWindow(SlidingWindow):
     ) -> torch.Tensor:
         patch = tuple(self.configuration_manager.patch_size)
         heads = self.label_manager.num_segmentation_heads
-        device = self.device
+        sums = partial(torch.zeros, (heads + 1, *data.shape[1:]), dtype=torch.float32)  # of the weights, too
+        sums_and_weights = self._where_there_is_room(partial(sums, device=self.device), sums)
+        total, weights, device = sums_and_weights[:-1], sums_and_weights[-1], sums_and_weights.device
         weight = compute_gaussian(patch, sigma_scale=1 / 8, value_scaling_factor=1, dtype=torch.float32, device=device)
-        total = torch.zeros((heads, *data.shape[1:]), dtype=torch.float32, device=device)
-        weights = torch.zeros(data.shape[1:], dtype=torch.float32, device=device)
         for tile, slicer in self._tiles(data, slicers):
-            total[slicer] += self._internal_maybe_mirror_and_predict(tile)[0] * weight
+            total[slicer] += self._internal_maybe_mirror_and_predict(tile)[0].to(device) * weight
             weights[slicer[1:]] += weight
         check_finite(total.div_(weights))
         return total

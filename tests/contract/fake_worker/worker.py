@@ -14,6 +14,7 @@ from pathlib import Path
 from filelock import Timeout
 
 from mshub.jobs import Job, Jobs
+from mshub.orphans import when_orphaned
 from mshub.recipe import Recipe
 
 
@@ -33,8 +34,8 @@ def train(job: Job, recipe: Recipe) -> None:
         return end(job, "failed", "The GPU ran out of memory.")
     for epoch in range(1, recipe.epochs + 1):
         time.sleep(recipe.iterations / 100)
-        if job.is_asked_to_stop:
-            return end(job, "stopped", "stopped; asked the same again, it goes on where it was")
+        if job.is_to_end:
+            return end(job, "stopped" if job.is_asked_to_stop else "interrupted", "it goes on where it was")
         job.tell(epoch=epoch, best_metric=epoch / recipe.epochs / 2, eta_s=1.0)
         print("epoch", epoch, flush=True)  # noqa: T201
     return end(job, "done", "better on 3 of 3 cases", version="v2", outcome="promoted", report="reports/tiny/v2.html")
@@ -43,14 +44,15 @@ def train(job: Job, recipe: Recipe) -> None:
 def main() -> None:
     job = Job(Path(sys.argv[1]))
     with job.lock.acquire(timeout=10):
+        when_orphaned(job.leave)
         job.tell(pid=os.getpid(), state="queued", stage="waiting for its turn", message="")
-        while not job.is_asked_to_stop:
+        while not job.is_to_end:
             try:
                 with Jobs(job.path.parents[1]).turn.acquire(timeout=0.2):
                     return train(job, job.request.recipe)
             except Timeout:
                 continue
-        end(job, "stopped", "stopped before it began")
+        end(job, "stopped" if job.is_asked_to_stop else "interrupted", "it had not begun")
 
 
 main()

@@ -13,6 +13,7 @@ import pytest
 from factories import make_image, odd_grids
 from lib.app import MSHubApp
 from mshub.jobs import Jobs
+from mshub.orphans import STARTER
 from mshub.store import ModelStore
 
 TRAINED_SHAPE = (29, 23, 14)
@@ -23,6 +24,7 @@ FAKE_WORKER = Path(__file__).parents[2] / "contract" / "fake_worker"
 def fake_worker(home: Path, monailabel_here: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Jobs run in processes of their own that compute nothing; those left over are stopped."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(FAKE_WORKER), os.environ["PYTHONPATH"]]))
+    monkeypatch.setenv(STARTER, "")  # a server that starts sets it
     yield
     Jobs(home).stop_all()
 

@@ -511,6 +511,31 @@ def test_images_have_pseudonyms_in_texts(clinic: MSHubApp, tmp_path: Path) -> No
     assert pseudonyms.hide(text, studies.image_of) == f"{one}: /x/{one} is cut, and {two}. Of mueller nothing, ({one})."
 
 
+def test_what_looks_like_a_uid_has_a_pseudonym_whether_or_not_it_is_in_the_datastore(tmp_path: Path) -> None:
+    pseudonyms = audit.Pseudonyms(tmp_path)
+    seg, series = "1.2.276.0.7230010.3.1.4.8323329.1234.5", f"2.25.{2**120}"
+    text = (
+        f"the SEG {seg} in the PACS is left out: of {series}.\nGET /studies/{seg}/series/{series}/metadata, {seg}.dcm; "
+        "DICOM 1.2.840.10008.1.2.4.90 and 1.2.840.10008.5.1.4.1.1.66.4, 10.250.250.250:8042, 2.13.0.1, 12.5"
+    )
+    expected = text.replace(seg, pseudonyms.of(seg)).replace(series, pseudonyms.of(series))
+    assert pseudonyms.hide(text, lambda _: None) == expected
+
+
+def test_short_ids_have_pseudonyms_where_they_are_no_other_word(tmp_path: Path) -> None:
+    pseudonyms = audit.Pseudonyms(tmp_path)
+    images = {"a", "7", "AB", "p1", "no", "P2"}
+    text = (
+        "a: cut; a label of AB, and (P2): no pre-label of p1: 7 of 9 tiles, at 10:07:59,700\n"
+        "GET /datastore/image?image=a&x=7 'no' /labels/7/, A-7, AB-1, a.b, no. 77"
+    )
+    hidden = pseudonyms.hide(text, lambda word: word if word in images else None)
+    assert hidden == (
+        "{a}: cut; a label of {AB}, and ({P2}): no pre-label of {p1}: 7 of 9 tiles, at 10:07:59,700\n"
+        "GET /datastore/image?image={a}&x={seven} '{no}' /labels/{seven}/, A-7, AB-1, a.b, no. 77"
+    ).format(seven=pseudonyms.of("7"), **{name: pseudonyms.of(name) for name in images - {"7"}})
+
+
 def test_the_servers_log_names_no_image(clinic: MSHubApp, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log_lines, "_hide", str)
     clinic._hide_images()

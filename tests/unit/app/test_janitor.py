@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from fastapi import HTTPException
 from monailabel.interfaces.app import MONAILabelApp
 
 from lib.infers import results_folder
@@ -113,6 +114,31 @@ def test_a_session_is_found_after_a_restart_by_its_id_only(sessions: UploadSessi
     for other in ("", ".", "..", "../sessions", number[:-1], number + "x", "0" * 36, number.upper() + "/"):
         assert again.get_session(other) is None
     assert len({UploadSessions(sessions.store_path, 60).add_session(upload(tmp_path))[0][:8] for _ in range(20)}) == 20
+
+
+@pytest.mark.parametrize("many", [False, True], ids=["one file", "a folder"])
+@pytest.mark.parametrize("fault", ["the disk is full", "the description cannot be written", "an archive"])
+def test_nothing_is_left_of_a_session_that_could_not_be_made(
+    sessions: UploadSessions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, many: bool, fault: str
+) -> None:
+    """As MONAI Label's own route calls it, which forgets its temporary folder when this fails."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    received = tmp_path / "tmp" / "tmpabc"
+    received.mkdir(parents=True)
+    (received / "scan.nii.gz").write_bytes(b"a scan")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    if fault == "the disk is full":
+        monkeypatch.setattr("monailabel.utils.sessions.shutil.move", full)
+    elif fault != "an archive":
+        monkeypatch.setattr("lib.sessions.replace_text", full)
+    with pytest.raises((OSError, HTTPException)):
+        sessions.add_session(str(received if many else received / "scan.nii.gz"), uncompress=fault == "an archive")
+    assert list((tmp_path / "tmp").iterdir()) == []
+    assert not list(Path(sessions.store_path).glob("*"))
+    assert not sessions.keys()
 
 
 def test_a_session_ends(sessions: UploadSessions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

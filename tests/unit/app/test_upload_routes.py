@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -110,6 +111,18 @@ def test_a_full_disk_is_507_wherever_it_is_met(
 
     monkeypatch.setattr("lib.datastore.replace_by_copy", full)
     assert "Free some space" in refused(put(server, "n.nii.gz", scan), 507, "insufficient-storage")
+
+
+@pytest.mark.parametrize(("path", "field"), [("/datastore/image", "file"), ("/session/", "files")])
+def test_an_upload_there_is_no_room_for_is_answered_before_it_lies_on_the_disk(
+    server: TestClient, clinic: MSHubApp, monkeypatch: pytest.MonkeyPatch, path: str, field: str
+) -> None:
+    monkeypatch.setattr("lib.free_space.free_bytes", lambda _: 2**28)
+    monkeypatch.setattr("starlette.formparsers.SpooledTemporaryFile", lambda **_: pytest.fail("it is being written"))
+    large = {field: ("n.nii.gz", bytes(2**21))}
+    assert "free some space" in refused(server.put(path, files=large), 507, "storage-full")
+    clinic.config = replace(clinic.config, upload_gb=2**20 / 2**30)
+    assert "1 MB at most" in refused(server.put(path, files=large), 413, "request-entity-too-large")
 
 
 def test_another_error_of_the_system_is_the_servers_fault(

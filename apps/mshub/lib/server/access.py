@@ -198,6 +198,11 @@ def address_of(request: Request) -> str:
     return request.client.host if request.client else ""
 
 
+def comes_from_one_person(request: Request) -> bool:
+    """Return whether the address a request comes from is its client's own, not that of a proxy which keeps it back."""
+    return not _is_local(request) or _host_name(request.headers.get("host", "")) in LOCAL_NAMES
+
+
 def _asked_to_log_in(request: Request) -> Response:
     """Lead a person to the page where one logs in; tell a program what it lacks."""
     if request.method == "GET" and "text/html" in request.headers.get("accept", ""):

@@ -34,7 +34,8 @@ from starlette.types import Scope
 
 from lib.faults import check_name, http_error
 from lib.oidc_settings import OidcSettings
-from lib.server.access import USER, Access, Guards, address_of
+from lib.server.access import USER, Access, Guards, address_of, comes_from_one_person
+from lib.server.bodies import Bodies
 from lib.server.disconnects import Disconnects
 from lib.server.health import Health
 from lib.server.in_threads import in_threads
@@ -259,8 +260,16 @@ def next_sample(request: Request, user: AnyUser, strategy: str, params: Annotate
     if "id" not in sample:
         return sample
     if "authorization" in request.headers:
-        Guards.of(_home()).offers.make(request.scope[USER], sample["id"], address_of(request))
+        _offer(request, sample["id"])
     return {**sample, **app_instance().datastore().get_image_info(sample["id"])}
+
+
+def _offer(request: Request, image: str) -> None:
+    """Let 3D Slicer, which says not who asks, fetch an image; not where its address is that of everybody."""
+    if comes_from_one_person(request):
+        Guards.of(_home()).offers.make(request.scope[USER], image, address_of(request))
+    else:
+        logger.warning("3D Slicer cannot fetch the next case: the proxy sends no X-Forwarded-For (docs/access.md)")
 
 
 def start_prelabelling(user: Annotator, model: str, params: Annotated[Any, Body()] = None) -> Any:
@@ -462,6 +471,10 @@ def _sign_on_of(settings: OidcSettings) -> SignOn:
     return SignOn(settings)
 
 
+def _upload_limit() -> int:
+    return int(app_instance().config.upload_gb * 2**30)
+
+
 def _current_user(request: Request) -> User:
     """Return who asks, as MONAI Label's routes want to know it; what they may was decided before."""
     user = request.scope[USER]
@@ -481,7 +494,7 @@ def _extend(api: Any) -> None:
     api.dependency_overrides[get_current_user] = _current_user
     origins = [str(origin) for origin in settings.MONAI_LABEL_CORS_ORIGINS]
     access = Middleware(Access, _home, _is_program, origins, health.requests.observe, lambda: _sign_on() is not None)
-    api.user_middleware += [access, Middleware(Disconnects)]
+    api.user_middleware += [access, Middleware(Disconnects), Middleware(Bodies, _upload_limit)]
     api.add_exception_handler(MSHubError, _on_our_error)
     api.add_exception_handler(json.JSONDecodeError, _on_bad_json)
     api.add_exception_handler(ImageNotFoundException, _on_not_found)

@@ -13,6 +13,7 @@ import sys
 
 from monailabel.main import Main
 
+from lib import background
 from lib.conf import Config
 from lib.janitor import own_temporary_folder
 from lib.server.single import hold
@@ -40,6 +41,7 @@ def main() -> None:
         with own_temporary_folder():
             Main().run()
     finally:
+        background.end_all()
         if lock is not None:
             lock.release()
 
