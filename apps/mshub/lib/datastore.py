@@ -459,6 +459,13 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
         """Note what is known of a label."""
         super().update_label_info(label_id, label_tag, plain(info))
 
+    def get_dataset_archive(self, limit_cases: int | None) -> str:
+        """Return a new ZIP of the images that have a final label, with these; 404 if there are none."""
+        if not self.datalist():
+            raise HTTPException(404, "There is no image with a final label yet, so there is nothing to download.")
+        archive: str = super().get_dataset_archive(limit_cases)
+        return archive
+
     def _list_files(self, path: str, patterns: list[str]) -> dict[str, str]:
         """Return the files of a folder without the second and further channels of a case.
 
