@@ -1,8 +1,8 @@
 """Every operation of the server's own description, asked by schemathesis: no answer is a 5xx, and the server lives on.
 
-    python bench/reliability/schema.py                # 20,000 cases without users, 4,000 as an admin: half an hour
+    python bench/reliability/schema.py                # 20,000 cases, a sixth of them as an admin: half an hour
     python bench/reliability/schema.py --quick        # a few hundred
-    python bench/reliability/schema.py --count 5000   # so many, and a fifth as an admin
+    python bench/reliability/schema.py --count 5000   # so many
     python bench/reliability/schema.py --seed 7       # others
 
 What ``/openapi.json`` leaves out and `lib.server.permissions` lets through is asked as well, and HEAD where GET is.
@@ -34,7 +34,7 @@ from mshub.selection import STRATEGIES
 from mshub.users import user_file
 
 HERE = Path(__file__).resolve().parent
-SHARE_AS_ADMIN = 5
+SHARE_AS_ADMIN = 6
 """One of so many cases is asked of a server with users, by an admin."""
 EXAMPLES = 100
 """Cases of an operation in one go of schemathesis; there are goes until there are enough cases."""
@@ -126,13 +126,13 @@ def lay_out(place: Arena) -> Path:
     return folder
 
 
-def ask(place: Arena, folder: Path, asked: Asked, *, examples: int, seed: int, quick: bool, token: str = "") -> None:
-    """Let schemathesis ask for every operation once more."""
+def ask(place: Arena, folder: Path, asked: Asked, *, examples: int, seed: int, edges: bool, token: str = "") -> None:
+    """Let schemathesis ask for every operation once more, with all edges of the description or without."""
     report = place.folder / f"asked-{seed}-{bool(token)}.ndjson"
     report.unlink(missing_ok=True)
     command = [str(Path(sys.executable).with_name("schemathesis")), "--config-file", str(HERE / "schema.toml"), "run"]
     command += [f"{place.server.url}/openapi.json", "--max-examples", str(examples), "--seed", str(seed), "--no-color"]
-    command += ["--phases", "fuzzing" if quick else "examples,coverage,fuzzing"]
+    command += ["--phases", "coverage,fuzzing" if edges else "fuzzing"]
     command += ["--report", "ndjson", "--report-ndjson-path", str(report)]
     command += ["--header", f"Authorization: Bearer {token}"] if token else []
     paths = os.pathsep.join([str(HERE), str(ROOT / "apps" / "mshub")])
@@ -155,19 +155,18 @@ def goes(asked: Asked, count: int, seed: int) -> Iterator[int]:
 
 
 def ask_all(place: Arena, count: int, *, seed: int = 1, quick: bool = False) -> dict[str, Any]:
-    """Ask `count` cases without users and a fifth of them as an admin; returns the figures."""
+    """Ask `count` cases, the last of them of a server with users, as an admin; returns the figures."""
     began, examples = time.monotonic(), 3 if quick else EXAMPLES
     folder = lay_out(place)
     temporary, threads, before = place.left_over(), place.process.num_threads(), place.forget_peak()
     alone, admin = Asked(), Asked()
-    for one in goes(alone, count, seed):
-        ask(place, folder, alone, examples=examples, seed=one, quick=quick)
+    for one in goes(alone, count - count // SHARE_AS_ADMIN, seed):
+        ask(place, folder, alone, examples=examples, seed=one, edges=not quick and one == seed)
     after = place.process.memory_info().rss
     token = make_admin(place)
     for one in goes(admin, count // SHARE_AS_ADMIN, seed):
-        ask(place, folder, admin, examples=max(1, examples // SHARE_AS_ADMIN), seed=one, quick=quick, token=token)
-    peak, lives = place.peak(), predicts(place, token)
-    left = place.left_over() - temporary
+        ask(place, folder, admin, examples=1 + examples // 2, seed=one, edges=not quick and one == seed, token=token)
+    peak, lives, left = place.peak(), predicts(place, token), left_of(place, temporary)
     return {
         "seconds": round(time.monotonic() - began),
         "without_users": figures_of(alone),
@@ -179,8 +178,8 @@ def ask_all(place: Arena, count: int, *, seed: int = 1, quick: bool = False) -> 
         "threads_before": threads,
         "threads_after": place.process.num_threads(),
         "processes_left": [" ".join(child.cmdline())[:200] for child in place.process.children(recursive=True)],
-        "temporary_files_left": sorted(name for name in left if not name.startswith(SESSIONS)),
-        "sessions_kept": len([name for name in left if name.startswith(SESSIONS)]),
+        "temporary_files_left": _temporary(left),
+        "sessions_kept": len(left) - len(_temporary(left)),
         "traces_in_log": place.server.log.read_text(errors="replace").count("Traceback"),
     }
 
@@ -209,6 +208,18 @@ def predicts(place: Arena, token: str) -> bool:
     query = {"image": CASES[0], "output": "image"}
     answer = httpx.post(url, params=query, data={"params": "{}"}, headers=headers, timeout=120)
     return answer.status_code == 200 and len(answer.content) > 100
+
+
+def left_of(place: Arena, before: set[str]) -> set[str]:
+    """Return the files that are left; those of the last answer go once it is sent."""
+    deadline = time.monotonic() + 10
+    while _temporary(left := place.left_over() - before) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return left
+
+
+def _temporary(names: set[str]) -> list[str]:
+    return sorted(name for name in names if not name.startswith(SESSIONS))
 
 
 def figures_of(asked: Asked) -> dict[str, Any]:
@@ -270,7 +281,7 @@ def report(figures: dict[str, Any]) -> str:
 def main() -> None:
     """Ask them all, and end with 1 if a 5xx was among the answers."""
     parser = argparse.ArgumentParser(description=re.split(r"\n\n", str(__doc__))[0])
-    parser.add_argument("--count", type=int, default=20_000, help="cases without users; a fifth as many as an admin")
+    parser.add_argument("--count", type=int, default=20_000, help="cases")
     parser.add_argument("--seed", type=int, default=1, help="the first of those schemathesis is given")
     parser.add_argument("--quick", action="store_true", help="a few hundred cases")
     options = parser.parse_args()
