@@ -284,8 +284,10 @@ def gpu(user: Admin) -> Any:
 
 
 def stock_viewer(user: AnyUser, path: str) -> Any:
-    """Return a file of the viewer that comes with MONAI Label; its page for what is none."""
-    return ohif.get_ohif("" if path in (".", "..") else path)
+    """Return a file of the viewer that comes with MONAI Label, and its page for what is none; 404 for a folder."""
+    if path in (".", ".."):
+        raise HTTPException(404, f"{path!r} is no file of the viewer.")
+    return ohif.get_ohif(path)
 
 
 def next_sample(request: Request, user: AnyUser, strategy: str, params: Annotated[Any, Body()] = None) -> Any:
