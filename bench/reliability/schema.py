@@ -101,7 +101,7 @@ def known(place: Arena, url: str) -> dict[str, list[Any]]:
     return {
         "image": [*CASES], "label": [*CASES], "tag": ["final", "original"], "model": [MODEL], "method": ["dice"],
         "strategy": [*STRATEGIES], "batch": [1, 2, 3], "name": ["v1"], "session_id": [made.json()["session_id"]],
-        "path": ["index.html", "studies", "studies/1.2/series", ""], "format": ["nrrd", "dicom_seg"], "lines": [5],
+        "path": ["index.html", "studies", "assets", "..", ""], "format": ["nrrd", "dicom_seg"], "lines": [5],
         "params": ["{}", json.dumps({"label_info": SEGMENTS}), json.dumps({"profile": "fast", "client_id": "me"})],
         "info": ["{}", json.dumps({"note": "seen"})], "token": [""], "username": ["ada"], "password": ["wrong"],
         "PUT /datastore/image image": spare, "PUT /datastore/ image": spare, "DELETE /datastore/image id": spare,

@@ -70,6 +70,8 @@ def test_a_field_of_a_form_may_hold_what_python_calls_no_number() -> None:
 
 
 def test_what_is_read_is_what_was_written() -> None:
+    deepest = json.loads("[" * DEEPEST + "7" + "]" * DEEPEST)
+    assert read_json(json.dumps(deepest), "it") == deepest
     content = {"a": [1, -2.5, True, None, "ä€𝄞", {"b": {}}], "n": 2**63 - 1, "m": -(2**63) + 1}
     assert read_json(json.dumps(content), "it") == content
     assert read_json(json.dumps(content).encode("utf-16"), "it") == content
@@ -169,9 +171,9 @@ def test_the_stock_viewer_has_its_page_for_what_is_no_file(server: TestClient, p
     assert answer.headers["content-type"].startswith("text/html")
 
 
-@pytest.mark.parametrize("path", ["%2e", "%2e%2e"])
+@pytest.mark.parametrize("path", ["%2e", "%2e%2e", "assets"])
 def test_a_folder_is_no_file_of_the_stock_viewer(server: TestClient, path: str) -> None:
-    assert "no file of the viewer" in refused(server.get(f"/ohif/{path}"), 404, "not-found")
+    assert "a folder of the viewer" in refused(server.get(f"/ohif/{path}"), 404, "not-found")
 
 
 def test_the_description_is_of_our_own_handlers() -> None:

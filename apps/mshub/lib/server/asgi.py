@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 import re
 import shutil
 from collections import deque
@@ -285,8 +286,9 @@ def gpu(user: Admin) -> Any:
 
 def stock_viewer(user: AnyUser, path: str) -> Any:
     """Return a file of the viewer that comes with MONAI Label, and its page for what is none; 404 for a folder."""
-    if path in (".", ".."):
-        raise HTTPException(404, f"{path!r} is no file of the viewer.")
+    file = os.path.join(os.path.dirname(ohif.__file__), "static", "ohif", path.replace("/", os.pathsep))
+    if path and os.path.isdir(file):
+        raise HTTPException(404, f"{path!r} is a folder of the viewer, and no file.")
     return ohif.get_ohif(path)
 
 

@@ -69,7 +69,7 @@ class _StrictRequest(Request):
 
 
 def _check(value: Any, what: str, finite: bool, depth: int) -> None:
-    if depth > DEEPEST:
+    if isinstance(value, dict | list) and depth >= DEEPEST:
         raise _too_deep(what)
     if isinstance(value, dict):
         for key, one in value.items():
