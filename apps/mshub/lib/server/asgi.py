@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import os
 import re
 import shutil
 from collections import deque
@@ -70,6 +69,10 @@ INFER_OPTIONS = frozenset(
 )
 """What a client may ask of a prediction; whatever else it sends goes no further."""
 
+
+STOCK_VIEWER = Path(ohif.__file__).parent / "static" / "ohif"
+STOCK_FOLDERS = frozenset({".", "..", *(path.name for path in STOCK_VIEWER.glob("*") if path.is_dir())})
+"""What is asked of the viewer that comes with MONAI Label and is no file."""
 
 _CHECKSUM = re.compile(r"((SHA256|SHA512|MD5):)?[0-9a-fA-F]+")
 
@@ -286,8 +289,7 @@ def gpu(user: Admin) -> Any:
 
 def stock_viewer(user: AnyUser, path: str) -> Any:
     """Return a file of the viewer that comes with MONAI Label, and its page for what is none; 404 for a folder."""
-    file = os.path.join(os.path.dirname(ohif.__file__), "static", "ohif", path.replace("/", os.pathsep))
-    if path and os.path.isdir(file):
+    if path in STOCK_FOLDERS:
         raise HTTPException(404, f"{path!r} is a folder of the viewer, and no file.")
     return ohif.get_ohif(path)
 
