@@ -466,12 +466,11 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
         pairs = [pair for pair in self.datalist() if all(Path(path).exists() for path in pair.values())]
         if not pairs:
             raise HTTPException(404, "There is no image with a final label yet, so there is nothing to download.")
+        chosen = pairs[:limit_cases] if limit_cases and limit_cases > 0 else pairs
         with tempfile.NamedTemporaryFile(suffix=".zip", delete=False) as file:
             try:
                 with zipfile.ZipFile(file, "w") as archive:
-                    for kind, path in (
-                        one for pair in pairs[: max(0, limit_cases or 0) or None] for one in pair.items()
-                    ):
+                    for kind, path in (one for pair in chosen for one in pair.items()):
                         archive.write(path, f"{kind}/{Path(path).name}")
                     archive.writestr("metadata.json", self._datastore.model_dump_json(exclude={"base_path"}))
             except BaseException:

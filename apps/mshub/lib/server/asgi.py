@@ -69,7 +69,6 @@ INFER_OPTIONS = frozenset(
 )
 """What a client may ask of a prediction; whatever else it sends goes no further."""
 
-
 STOCK_VIEWER = Path(ohif.__file__).parent / "static" / "ohif"
 STOCK_FOLDERS = frozenset({".", "..", *(path.name for path in STOCK_VIEWER.glob("*") if path.is_dir())})
 """What is asked of the viewer that comes with MONAI Label and is no file."""
@@ -88,6 +87,7 @@ AnyUser = Annotated[User, Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER))]
 Annotator = Annotated[User, Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ANNOTATOR))]
 Admin = Annotated[User, Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ADMIN))]
 BatchNumber = Annotated[int, InPath(ge=1, lt=2**63)]
+"""As the case index, which is SQLite, can count."""
 
 
 def infer(
