@@ -43,12 +43,12 @@ MOST_GROWTH = 200 * MIB
 DELIBERATE = (503, 507)
 """Busy, full: answers that are meant."""
 SEGMENTS = [{"name": name, "idx": value} for name, value in NAMES.items()]
+STARTED = ("/train/", "/batch/infer", "/scoring/")
+"""Where DELETE ends what was started."""
 SETTLE_S = 120
 """The longest that takes."""
 SESSIONS = "home/sessions/"
 """Where what was sent may stay, for an hour."""
-STARTED = ("/train/", "/batch/infer", "/scoring/")
-"""Where DELETE ends what was started."""
 
 
 @dataclass
@@ -248,6 +248,7 @@ def holds(figures: dict[str, Any]) -> bool:
         and figures["rss_peak_growth_mb"] * 1e6 < MOST_GROWTH
         and not figures["temporary_files_left"]
         and not figures["processes_left"]
+        and not figures["traces_in_log"]
     )
 
 
@@ -273,6 +274,7 @@ def report(figures: dict[str, Any]) -> str:
             f"{len(figures['temporary_files_left'])}, {len(figures['processes_left'])}",
             "",
         ),
+        ("traces in the server's log", figures["traces_in_log"], ""),
         ("the server predicts afterwards", "yes" if figures["lives"] else "no", ""),
     ]
     return table(("what", "without users", "as an admin"), rows)
