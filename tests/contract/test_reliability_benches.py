@@ -1,4 +1,4 @@
-"""bench/reliability in small: bad files, texts that would be paths, and people at work, on a real server."""
+"""bench/reliability in small: bad files, odd paths and requests, and people at work, on a real server."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import bad_files
 import load
 import paths
+import schema
 import soak
 from arena import Arena
 from traffic import Journal, Person
@@ -42,6 +43,19 @@ def test_no_text_reads_or_writes_a_file_outside(tmp_path: Path) -> None:
     assert found["canaries"] > 10
     assert found["requests"] > 1000
     assert paths.holds(found)
+
+
+def test_no_operation_answers_5xx(tmp_path: Path) -> None:
+    place = Arena(tmp_path)
+    try:
+        found = schema.ask_all(place, 200, quick=True)
+    finally:
+        place.server.stop()
+    for who in ("without_users", "as_admin"):
+        assert (found[who]["faults"], found[who]["errors"]) == ([], [])
+        assert found[who]["operations"] > 90
+        assert found[who]["succeeded"] > 0.2 * found[who]["cases"]
+    assert schema.holds(found), schema.report(found)
 
 
 def test_the_watch_sees_what_is_opened_and_made(tmp_path: Path) -> None:

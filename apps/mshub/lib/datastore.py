@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import re
+import tempfile
 import threading
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
@@ -458,6 +460,43 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
     def update_label_info(self, label_id: str, label_tag: str, info: dict[str, Any]) -> None:
         """Note what is known of a label."""
         super().update_label_info(label_id, label_tag, plain(info))
+
+    def get_dataset_archive(self, limit_cases: int | None) -> str:
+        """Return a new ZIP of images that have a final label, and these labels; 404 if there are none."""
+        pairs = [pair for pair in self.datalist() if all(Path(path).exists() for path in pair.values())]
+        if not pairs:
+            raise HTTPException(404, "There is no image with a final label yet, so there is nothing to download.")
+        chosen = pairs[:limit_cases] if limit_cases and limit_cases > 0 else pairs
+        with tempfile.NamedTemporaryFile(suffix=".zip", delete=False) as file:
+            try:
+                with zipfile.ZipFile(file, "w") as archive:
+                    for kind, path in (one for pair in chosen for one in pair.items()):
+                        archive.write(path, f"{kind}/{Path(path).name}")
+                    archive.writestr("metadata.json", self._datastore.model_dump_json(exclude={"base_path"}))
+            except BaseException:
+                Path(file.name).unlink(missing_ok=True)
+                raise
+        return file.name
+
+    def _remove_non_existing(self) -> int:
+        """Forget what is no longer in the folder, one by one: other threads read and add meanwhile."""
+        self._init_from_datastore_file()
+        objects, gone = self._datastore.objects, 0
+        for image, entry in list(objects.items()):
+            if not (Path(self._datastore.image_path()) / (image + entry.image.ext)).exists():
+                gone += objects.pop(image, None) is not None
+                continue
+            for tag, label in list(entry.labels.items()):
+                if not (self._labels_folder / tag / (image + label.ext)).exists():
+                    gone += entry.labels.pop(tag, None) is not None
+        return gone
+
+    def _on_any_event(self, event: Any) -> None:
+        """Look at the folder again; whatever goes wrong, the thread that tells of changes goes on."""
+        try:
+            super()._on_any_event(event)
+        except Exception:
+            logger.exception("the folder of studies was not looked at again after a change")
 
     def _list_files(self, path: str, patterns: list[str]) -> dict[str, str]:
         """Return the files of a folder without the second and further channels of a case.

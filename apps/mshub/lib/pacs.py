@@ -442,7 +442,7 @@ class PacsStudies(StudiesFolder):
         """Forget labels whose file is gone, as MONAI Label does, but no series: it can be downloaded again."""
         self._init_from_datastore_file()
         gone = 0
-        for image_id, item in self._datastore.objects.items():
+        for image_id, item in list(self._datastore.objects.items()):
             for tag in [tag for tag in item.labels if not Path(self.get_label_uri(image_id, tag)).is_file()]:
                 del item.labels[tag]
                 gone += 1

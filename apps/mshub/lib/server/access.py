@@ -200,7 +200,7 @@ def address_of(request: Request) -> str:
 
 def comes_from_one_person(request: Request) -> bool:
     """Return whether the address a request comes from is its client's own, not that of a proxy which keeps it back."""
-    return not _is_local(request) or _host_name(request.headers.get("host", "")) in LOCAL_NAMES
+    return not _is_local(request) or host_name(request.headers.get("host", "")) in LOCAL_NAMES
 
 
 def _asked_to_log_in(request: Request) -> Response:

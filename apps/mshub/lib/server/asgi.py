@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import re
+import shutil
 from collections import deque
 from collections.abc import Mapping
 from enum import Enum
@@ -15,12 +16,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import BackgroundTasks, Body, Depends, File, Form, HTTPException, Request, UploadFile
+from fastapi import Path as InPath
 from fastapi.exception_handlers import http_exception_handler
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
-from fastapi.routing import APIRoute
+from monailabel import endpoints
 from monailabel.config import settings
-from monailabel.endpoints import batch_infer, datastore, ohif, scoring, session
+from monailabel.endpoints import activelearning, batch_infer, datastore, ohif, scoring, session
 from monailabel.endpoints import logs as logs_of_monailabel
 from monailabel.endpoints.infer import ResultType, run_inference
 from monailabel.endpoints.user.auth import RBAC, User, get_current_user
@@ -38,7 +40,8 @@ from lib.server.access import USER, Access, Guards, address_of, comes_from_one_p
 from lib.server.bodies import Bodies
 from lib.server.disconnects import Disconnects
 from lib.server.health import Health
-from lib.server.in_threads import in_threads
+from lib.server.in_threads import in_threads, plain
+from lib.server.json_input import JsonRoute, json_object
 from lib.server.login import Login
 from lib.server.oidc import SignOn
 from lib.server.proxy import pass_on
@@ -70,6 +73,9 @@ INFER_OPTIONS = frozenset(
 )
 """What a client may ask of a prediction; whatever else it sends goes no further."""
 
+STOCK_VIEWER = Path(ohif.__file__).parent / "static" / "ohif"
+STOCK_FOLDERS = frozenset({".", "..", *(path.name for path in STOCK_VIEWER.glob("*") if path.is_dir())})
+"""What is asked of the viewer that comes with MONAI Label and is no file."""
 
 _CHECKSUM = re.compile(r"((SHA256|SHA512|MD5):)?[0-9a-fA-F]+")
 
@@ -84,6 +90,8 @@ class DicomResult(str, Enum):
 AnyUser = Annotated[User, Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER))]
 Annotator = Annotated[User, Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ANNOTATOR))]
 Admin = Annotated[User, Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ADMIN))]
+BatchNumber = Annotated[int, InPath(ge=1, lt=2**63)]
+"""As the case index, which is SQLite, can count."""
 
 
 def infer(
@@ -101,7 +109,7 @@ def infer(
 
     `label` changes nothing: no model here takes a drawing to start from.
     """
-    options = _json_object(params, "params")
+    options = json_object(params, "params")
     unsafe = sorted(options.keys() & {"image", "model", "session", "channels", "image_id"})
     if unsafe:
         raise HTTPException(400, f"params may not set {', '.join(unsafe)}: use the query parameters of /infer.")
@@ -219,7 +227,7 @@ def add_image(
     params: Annotated[str, Form()] = "{}",
 ) -> dict[str, str]:
     """Take an image into the datastore, under the id that is asked for or else its file's name without the ending."""
-    info = {**_json_object(params, "params"), "user": user.username}
+    info = {**json_object(params, "params"), "user": user.username}
     ending = volume_ending(file.filename)
     image = image or base_name(file.filename)[: -len(ending)]
     check_name("image id", image)
@@ -245,18 +253,56 @@ def save_label(
     rename(label, "label")
     try:
         return datastore.save_label(
-            background_tasks, image, json.dumps(_json_object(params, "params")), tag, label, user.username
+            background_tasks, image, json.dumps(json_object(params, "params")), tag, label, user.username
         )
     except BaseException:
         _clean_up(background_tasks)
         raise
 
 
+def note_image_info(user: Admin, image: str, info: Annotated[str, Form()] = "{}") -> Any:
+    """Note what is known about an image."""
+    return datastore.update_image_info(image, json.dumps(json_object(info, "info")), user.username)
+
+
+def note_label_info(user: Admin, label: str, tag: str, info: Annotated[str, Form()] = "{}") -> Any:
+    """Note what is known about a label."""
+    return datastore.update_label_info(label, tag, json.dumps(json_object(info, "info")), user.username)
+
+
+def note_label_params(user: Admin, label: str, tag: str, params: Annotated[str, Form()] = "{}") -> Any:
+    """Note what is known about a label, as clients of old ask for it."""
+    return note_label_info(user, label, tag, params)
+
+
+def dataset(background_tasks: BackgroundTasks, user: Admin, limit_cases: int | None = None) -> Response:
+    """Return the images that have a final label, and these labels, as one ZIP; 404 if there are none."""
+    path = Path(app_instance().datastore().get_dataset_archive(limit_cases))
+    background_tasks.add_task(path.unlink, missing_ok=True)
+    return FileResponse(path, media_type="application/zip", filename="dataset.zip")
+
+
+def gpu(user: Admin) -> Any:
+    """Return what ``nvidia-smi`` says of the GPUs; 404 on a machine that does not have it."""
+    if shutil.which("nvidia-smi") is None:
+        raise HTTPException(
+            404, "This machine has no nvidia-smi, which NVIDIA's driver brings: nothing is known of GPUs."
+        )
+    return plain(logs_of_monailabel.gpu_info)(user=user)
+
+
+def stock_viewer(user: AnyUser, path: str) -> Any:
+    """Return a file of the viewer that comes with MONAI Label, and its page for what is none; 404 for a folder."""
+    if path in STOCK_FOLDERS:
+        raise HTTPException(404, f"{path!r} is a folder of the viewer, and no file.")
+    return ohif.get_ohif(path)
+
+
 def next_sample(request: Request, user: AnyUser, strategy: str, params: Annotated[Any, Body()] = None) -> Any:
     """Return the next case to label; a plain function, as the PACS is asked for its series."""
     if params is not None and not isinstance(params, dict):
         raise HTTPException(400, 'The request\'s body is no JSON object: expected options such as {"client_id": "me"}.')
-    sample = app_instance().next_case({"strategy": strategy, **(params or {})})
+    sample = app_instance().next_case({**(params or {}), "strategy": strategy})
     if "id" not in sample:
         return sample
     if "authorization" in request.headers:
@@ -284,17 +330,17 @@ def list_prelabelling(user: AnyUser) -> Any:
     return app_instance().active_learning.prelabels.all()
 
 
-def prelabelling(user: AnyUser, batch: int) -> Any:
+def prelabelling(user: AnyUser, batch: BatchNumber) -> Any:
     """Return how far a batch is."""
     return app_instance().active_learning.prelabels.status(batch)
 
 
-def stop_prelabelling(user: Annotator, batch: int) -> Any:
+def stop_prelabelling(user: Annotator, batch: BatchNumber) -> Any:
     """Let a batch stop before its next case."""
     return app_instance().active_learning.prelabels.stop(batch)
 
 
-def resume_prelabelling(user: Annotator, batch: int) -> Any:
+def resume_prelabelling(user: Annotator, batch: BatchNumber) -> Any:
     """Let a stopped batch go on."""
     return app_instance().active_learning.resume(batch)
 
@@ -357,16 +403,6 @@ def _train_params(params: Any, user: User) -> dict[str, Any]:
     if params is not None and not isinstance(params, dict):
         raise HTTPException(400, 'The request\'s body is no JSON object: expected options such as {"epochs": 20}.')
     return {**(params or {}), "client_id": (params or {}).get("client_id") or user.username}
-
-
-def _json_object(text: str, what: str) -> dict[str, Any]:
-    try:
-        content = json.loads(text or "{}")
-    except json.JSONDecodeError as error:
-        raise HTTPException(400, f"{what} is not valid JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise HTTPException(400, f"{what} is a JSON {type(content).__name__}; expected an object.")
-    return content
 
 
 def _answer(status_code: int, detail: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
@@ -435,10 +471,16 @@ ROUTES = (
     ("GET", "/datastore/image/info", image_info, "Datastore"),
     ("PUT", "/datastore/", add_image, "Datastore"),
     ("PUT", "/datastore/image", add_image, "Datastore"),
+    ("PUT", "/datastore/image/info", note_image_info, "Datastore"),
     ("PUT", "/datastore/label", save_label, "Datastore"),
+    ("PUT", "/datastore/label/info", note_label_info, "Datastore"),
+    ("PUT", "/datastore/updatelabelinfo", note_label_params, "Datastore"),
+    ("GET", "/datastore/dataset", dataset, "Datastore"),
     ("POST", "/activelearning/{strategy}", next_sample, "ActiveLearning"),
     ("PUT", "/session/", create_session, "Session"),
     ("GET", "/logs/", logs, "Others"),
+    ("GET", "/logs/gpu", gpu, "Others"),
+    ("GET", "/ohif/{path:path}", stock_viewer, "Others"),
     ("GET", "/mshub/status", status, "MSHub"),
     ("GET", "/mshub/reports/{model}/{name}", report, "MSHub"),
     ("POST", "/mshub/prelabels/{model}", start_prelabelling, "MSHub"),
@@ -454,6 +496,11 @@ ROUTES = (
 )
 UPSTREAM = [module.router for module in (batch_infer, datastore, logs_of_monailabel, ohif, scoring, session)]
 """What is left to MONAI Label."""
+OVERTAKEN = [
+    *UPSTREAM,
+    *(module.router for module in (activelearning, endpoints.infer, endpoints.info, endpoints.train)),
+]
+"""Where routes of MONAI Label are that ours stand in front of."""
 
 
 def _home() -> Path:
@@ -486,11 +533,20 @@ def _is_program(scope: Scope) -> bool:
     return BuildFiles(_home).matches(scope)[0] is Match.FULL
 
 
+def _describe_ours() -> None:
+    """Leave out of ``/openapi.json`` what ours stand in front of: of two, the last would be described."""
+    ours = {(method, path) for method, path, *_ in ROUTES}
+    for route in (route for router in OVERTAKEN for route in router.routes):
+        if ours.issuperset((method, route.path) for method in route.methods):
+            route.include_in_schema = False
+
+
 def _extend(api: Any) -> None:
-    routes = [APIRoute(path, answer, methods=[method], tags=[tag]) for method, path, answer, tag in ROUTES]
+    routes = [JsonRoute(path, answer, methods=[method], tags=[tag]) for method, path, answer, tag in ROUTES]
     health = Health(_home, status)
     api.router.routes[:0] = [*routes, *Login(_home, _sign_on).routes(), *health.routes(), *in_threads(UPSTREAM)]
     add_viewer(api, _home)
+    _describe_ours()
     api.dependency_overrides[get_current_user] = _current_user
     origins = [str(origin) for origin in settings.MONAI_LABEL_CORS_ORIGINS]
     access = Middleware(Access, _home, _is_program, origins, health.requests.observe, lambda: _sign_on() is not None)

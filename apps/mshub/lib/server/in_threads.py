@@ -12,6 +12,8 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.routing import APIRoute
 
+from lib.server.json_input import JsonRoute
+
 
 def in_threads(routers: Iterable[APIRouter]) -> Iterator[APIRoute]:
     """Yield routes that answer as those of `routers` do, without holding up the server."""
@@ -19,7 +21,7 @@ def in_threads(routers: Iterable[APIRouter]) -> Iterator[APIRoute]:
         for route in router.routes:
             if isinstance(route, APIRoute) and inspect.iscoroutinefunction(route.endpoint):
                 # The original is in the description of the interface already.
-                yield APIRoute(route.path, plain(route.endpoint), methods=route.methods, include_in_schema=False)
+                yield JsonRoute(route.path, plain(route.endpoint), methods=route.methods, include_in_schema=False)
 
 
 def plain(answer: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., Any]:

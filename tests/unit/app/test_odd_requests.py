@@ -1,0 +1,184 @@
+"""Requests a fuzzer found 5xx with: each is answered in words, with a code, and what is asked for rightly is there."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import HTTPException
+from fastapi.testclient import TestClient
+
+from lib.app import MSHubApp
+from lib.server import asgi
+from lib.server.json_input import DEEPEST, json_object, read_json
+
+JSON = {"content-type": "application/json"}
+
+
+@pytest.fixture
+def server(clinic: MSHubApp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TestClient:
+    for module in ("lib.server.asgi", "monailabel.endpoints.datastore", "monailabel.endpoints.scoring"):
+        monkeypatch.setattr(f"{module}.app_instance", lambda: clinic)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    return TestClient(asgi.app, "http://127.0.0.1:8000", raise_server_exceptions=False, client=("127.0.0.1", 50000))
+
+
+def refused(answer: httpx.Response, status: int = 400, code: str = "bad-request") -> str:
+    assert (answer.status_code, answer.headers.get("X-MSHub-Error")) == (status, code), answer.text
+    return str(answer.json()["detail"])
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ('{"limit": NaN}', "nan, which JSON does not know"),
+        ('{"limit": [-1e999]}', "-inf, which JSON does not know"),
+        ('{"client_id": "\\ud800"}', r"\\ud800, half a character"),
+        ('{"\\udfff": 1}', r"\\udfff, half a character"),
+        (f'{{"limit": {2**63}}}', "of 64 bits"),
+        ('{"limit": ' + "9" * 5000 + "}", "not valid JSON"),
+        ('{"images": ' + "[" * DEEPEST + "]" * DEEPEST + "}", f"at most {DEEPEST} levels"),
+        ("[" * 100_000, "nested too deeply|not valid JSON"),
+        (b"\xff\xfe{}", "not valid JSON"),
+        ("{oops", "not valid JSON"),
+    ],
+)
+@pytest.mark.parametrize("path", ["/mshub/prelabels/tiny", "/train/tiny", "/activelearning/random", "/scoring/"])
+def test_a_body_no_program_can_repeat_is_refused(server: TestClient, path: str, body: str | bytes, words: str) -> None:
+    assert re.search(words, refused(server.post(path, content=body, headers=JSON)))
+
+
+def test_a_field_of_a_form_may_hold_what_python_calls_no_number() -> None:
+    assert str(json_object('{"a": NaN}', "params")["a"]) == "nan"
+    assert json_object("", "params") == {}
+    for text, words in (
+        ("[]", "expected an object"),
+        ('{"a": "\\ud800"}', "half a character"),
+        ("[" * 100_000, "params"),
+    ):
+        with pytest.raises(HTTPException, match=words):
+            json_object(text, "params")
+
+
+def test_what_is_read_is_what_was_written() -> None:
+    deepest = json.loads("[" * DEEPEST + "7" + "]" * DEEPEST)
+    assert read_json(json.dumps(deepest), "it") == deepest
+    content = {"a": [1, -2.5, True, None, "ä€𝄞", {"b": {}}], "n": 2**63 - 1, "m": -(2**63) + 1}
+    assert read_json(json.dumps(content), "it") == content
+    assert read_json(json.dumps(content).encode("utf-16"), "it") == content
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/datastore/image/info?image=a", "info"),
+        ("/datastore/label/info?label=a&tag=final", "info"),
+        ("/datastore/updatelabelinfo?label=a&tag=final", "params"),
+    ],
+)
+def test_notes_are_objects(
+    server: TestClient, clinic: MSHubApp, review: Callable[..., None], path: str, name: str
+) -> None:
+    review("a", "liver")
+    for text in ("[]", "null", "NaN", '"x"', "{oops", "[" * 100_000):
+        assert re.search("JSON|nested", refused(server.put(path, data={name: text})))
+    assert server.put(path, data={name: '{"seen": "yes"}'}).status_code == 200
+    told = (
+        clinic.datastore().get_image_info("a") if "image" in path else clinic.datastore().get_label_info("a", "final")
+    )
+    assert told["seen"] == "yes"
+
+
+def test_a_batch_has_a_number_that_can_be_one(server: TestClient) -> None:
+    for method in ("GET", "DELETE", "PUT"):
+        assert "path.batch" in refused(
+            server.request(method, f"/mshub/prelabels/{10**30}"), 422, "unprocessable-entity"
+        )
+        assert "There is no batch" in refused(server.request(method, f"/mshub/prelabels/{2**63 - 1}"), 404, "not-found")
+
+
+@pytest.mark.parametrize("strategy", [["random"], {"a": 1}, "astrology"])
+def test_the_address_says_which_strategy(server: TestClient, strategy: Any) -> None:
+    answer = server.post("/activelearning/random", json={"strategy": strategy})
+    assert answer.status_code == 200
+    assert answer.json()["id"]
+
+
+def test_labelled_images_are_downloaded_and_leave_nothing(
+    server: TestClient, review: Callable[..., None], tmp_path: Path
+) -> None:
+    assert "no image with a final label" in refused(server.get("/datastore/dataset"), 404, "not-found")
+    review("a", "liver")
+    answer = server.get("/datastore/dataset")
+    with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
+        assert {"image/a.nii.gz", "label/a.nii.gz", "metadata.json"} <= set(archive.namelist())
+    assert [path for path in (tmp_path / "tmp").rglob("*") if path.is_file()] == []
+
+
+def test_the_folder_is_looked_at_while_images_come_and_go(clinic: MSHubApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, exists = clinic.datastore(), Path.exists
+    objects = store._datastore.objects
+
+    def meanwhile(path: Path) -> bool:
+        objects[f"new{len(objects)}"] = objects["a"].model_copy()
+        return exists(path)
+
+    monkeypatch.setattr(Path, "exists", meanwhile)
+    store._remove_non_existing()
+    monkeypatch.undo()
+    store.refresh()
+    assert sorted(store.list_images()) == ["a", "b", "mr"]
+
+
+def test_who_watches_the_folder_goes_on_after_a_fault(
+    clinic: MSHubApp, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = clinic.datastore()
+    store._ignore_event_count = 0
+    monkeypatch.setattr(store, "_reconcile_datastore", changed_meanwhile)
+    store._on_any_event(None)
+    assert "not looked at again" in caplog.text
+
+
+def changed_meanwhile() -> None:
+    raise RuntimeError("dictionary changed size during iteration")
+
+
+def test_a_machine_without_nvidia_smi_says_so(
+    server: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "no nvidia-smi" in refused(server.get("/logs/gpu"), 404, "not-found")
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho GPU 0\n")
+    tool.chmod(0o755)
+    assert server.get("/logs/gpu").text == "GPU 0\n"
+
+
+@pytest.mark.parametrize("path", ["", "%00", "nothing", "a/../..", "x" * 3000])
+def test_the_stock_viewer_has_its_page_for_what_is_no_file(server: TestClient, path: str) -> None:
+    answer = server.get(f"/ohif/{path}")
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/html")
+
+
+@pytest.mark.parametrize("path", ["%2e", "%2e%2e", "assets"])
+def test_a_folder_is_no_file_of_the_stock_viewer(server: TestClient, path: str) -> None:
+    assert "a folder of the viewer" in refused(server.get(f"/ohif/{path}"), 404, "not-found")
+
+
+def test_the_description_is_of_our_own_handlers() -> None:
+    paths = asgi.app.openapi()["paths"]
+    described = {(method.upper(), path) for path, found in paths.items() for method in found}
+    assert {(method, path.replace(":path", "")) for method, path, *_ in asgi.ROUTES} <= described
+    assert paths["/infer/{model}"]["post"]["operationId"].startswith("infer_infer")
+    assert paths["/datastore/label"]["put"]["operationId"].startswith("save_label_")
