@@ -21,7 +21,8 @@ import numpy as np
 from arena import make_image, make_model_folder  # first: it tells Python where the tests and the app are
 from dicom_series_factory import SeriesMaker
 from fake_pacs import FakePacs
-from lib.datastore import INDEX, StudiesFolder
+from lib.datastore import StudiesFolder
+from lib.index_file import INDEX
 from lib.janitor import ANYTHING, folders_below, remove_abandoned, unfinished
 from lib.pacs_images import SeriesFiles
 from lib.sessions import UploadSessions

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from factories import make_image
-from lib.datastore import INDEX, StudiesFolder
+from lib.datastore import StudiesFolder
+from lib.index_file import INDEX
 from lib.label_note import NAME, LabelNote
 
 SHAPE = (5, 4, 3)
