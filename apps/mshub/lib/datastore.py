@@ -37,6 +37,8 @@ from mshub.volume_io import read_grid, read_volume
 logger = logging.getLogger(__name__)
 
 FIRST_CHANNEL = "_0000"
+MOST_COMPARED = 300
+"""So many labels say what volume of a structure is usual; more would cost more and say the same."""
 _CHANNEL = re.compile(r"(?P<case>.+)_(?P<number>\d{4})")
 
 
@@ -209,14 +211,16 @@ class StudiesFolder(LabelFolder):
         return {"doubts": doubts, "agreement": agreement(reviewed, submitted, values, predicted, names).as_dict()}
 
     def _hints(self, image_id: str, correction: Correction, reviewed: list[str]) -> list[str]:
-        """Return what looks unfinished in a label, also beside the other labels here."""
-        usual: dict[str, list[float]] = {}
-        for other, item in list(self._datastore.objects.items()):
-            final = item.labels.get(DefaultLabelTag.FINAL.value)
-            for name, volume in (final.info.get("volumes_ml") or {}).items() if final and other != image_id else ():
-                usual.setdefault(name, []).append(volume)
-        labels = correction.labels
+        """Return what looks unfinished in a label, also beside other labels here."""
+        labels, usual = correction.labels, self._usual_volumes(image_id, reviewed)
         return label_hints(labels.array_xyz, correction.values, reviewed, labels.grid.spacing_xyz_mm, usual)
+
+    def _usual_volumes(self, image_id: str, structures: Sequence[str]) -> dict[str, list[float]]:
+        """Return the volumes of structures in the final labels of other images, or of enough of them."""
+        tag, objects = DefaultLabelTag.FINAL.value, list(self._datastore.objects.items())
+        others = [item.labels[tag].info for other, item in objects if tag in item.labels and other != image_id]
+        some = [info.get("volumes_ml") or {} for info in others[:: 1 + len(others) // MOST_COMPARED]]
+        return {name: [volumes[name] for volumes in some if name in volumes] for name in structures}
 
     def save_prediction(self, image_id: str, path: Path, label_tag: str, label_info: dict[str, Any]) -> str:
         """Store a label a model made: a pre-label, whose names and numbers are the model's own."""

@@ -26,11 +26,10 @@ DAYS = 7
 
 def back_up(index: Path) -> None:
     """Keep a copy of today's index, beside those of the last days on which there was one."""
-    if not _is_readable(index):
-        return
     copy = index.with_name(f"{index.stem}.{datetime.now(timezone.utc):%Y%m%d}.bak")
-    if not copy.exists():
-        _copy(index, copy)
+    if copy.exists() or not _is_readable(index):
+        return
+    _copy(index, copy)
     for old in _daily(index)[DAYS:]:
         old.unlink(missing_ok=True)
 
@@ -40,14 +39,14 @@ def back_up_last(index: Path) -> None:
     _copy(index, index.with_name(f"{index.stem}.last.bak"))
 
 
-def recover(index: Path) -> None:
+def recover(index: Path) -> bool:
     """Put the newest readable backup in the place of a damaged index, which is kept under another name.
 
     Without a backup the images are found again in the folder, and the labels by their names; what was known of them
-    is not.
+    is not. Returns whether the index was damaged.
     """
     if not index.exists() or _is_readable(index):
-        return
+        return False
     damaged = stamped(index, "damaged")
     index.rename(damaged)
     known = sorted(index.parent.glob(f"{index.stem}.*.bak"), key=lambda copy: copy.stat().st_mtime, reverse=True)
@@ -58,9 +57,10 @@ def recover(index: Path) -> None:
             index.name,
             damaged.name,
         )
-        return
+        return True
     replace_by_copy(backup, index)
     logger.error("%s is damaged: it is %s now, and %s takes its place", index.name, damaged.name, backup.name)
+    return True
 
 
 def stamped(path: Path, why: str) -> Path:

@@ -88,8 +88,8 @@ class IndexJournal:
         size = _size(self.path)
         if size < self._end:
             logger.error("%s was cut or removed: the index is written whole next time", self.path.name)
-            self._doubtful = True
-        if size <= self._end:
+            self._doubtful, self._end = True, size
+        if size == self._end:
             return []
         with self.path.open("rb") as stream:
             stream.seek(self._end)

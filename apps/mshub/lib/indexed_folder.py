@@ -38,9 +38,6 @@ class IndexedFolder(LocalDatastore):  # type: ignore[misc]
         index.parent.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(index.parent / ".lock", poll_interval=WAIT_S)
         self._journal, self._read_only = IndexJournal(index), read_only
-        if not read_only:
-            with self._lock:
-                recover(index)
         super().__init__(path, extensions=extensions, auto_reload=auto_reload, read_only=read_only)
         if auto_reload and hasattr(self, "_observer"):
             self._watch()
@@ -161,15 +158,14 @@ class IndexedFolder(LocalDatastore):  # type: ignore[misc]
         content = self._journal.read_index()
         if content is not None:
             try:
-                known = LocalDatastoreModel.model_validate_json(content)
+                known = _read(content)
             except ValueError as error:
-                if at_start or self._read_only:
+                if self._read_only or (at_start and not recover(self._journal.index)):
                     raise
-                self._replace_damaged(error)
-                return
+                return self._catch_up(at_start) if at_start else self._replace_damaged(error)
             known.base_path = self._datastore_path
             self._datastore = known
-        self._apply({image: _entry(facts) for image, facts in self._journal.read_changes()})
+        return self._apply({image: _entry(facts) for image, facts in self._journal.read_changes()})
 
     def _replace_damaged(self, error: ValueError) -> None:
         """Write the index anew from memory, where somebody else damaged it meanwhile."""
@@ -255,6 +251,13 @@ class _Watch(PatternMatchingEventHandler):
 
     def on_moved(self, event: FileSystemEvent) -> None:
         self._tell()
+
+
+def _read(content: bytes) -> LocalDatastoreModel:
+    known = LocalDatastoreModel.model_validate_json(content)
+    if "objects" not in known.model_fields_set:
+        raise ValueError("it has no objects")
+    return known
 
 
 def _entry(facts: dict[str, Any] | None) -> ImageLabelModel | None:
