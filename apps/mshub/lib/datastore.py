@@ -241,7 +241,12 @@ class StudiesFolder(LabelFolder):
             ``patients.csv`` is not what `mshub.case_folders.read_patients` expects.
         """
         known = self._patients_table()
-        return {image: patient_of(image, self.get_image_info(image), known) for image in images}
+        return {image: patient_of(image, self._noted_of(image), known) for image in images}
+
+    def _noted_of(self, image_id: str) -> dict[str, Any]:
+        """Return what is noted of an image, without a look at its file: it is asked of all images at once."""
+        item = self._datastore.objects.get(image_id)
+        return item.image.info if item else self.get_image_info(image_id)
 
     def _patients_table(self) -> dict[str, str]:
         """Return what ``patients.csv`` in the folder says."""

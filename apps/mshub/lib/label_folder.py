@@ -36,7 +36,6 @@ class LabelFolder(IndexedFolder):
         super().__init__(path, extensions, auto_reload=auto_reload, read_only=read_only)
         if not read_only:
             self._settle_at_start()
-            self.tidy()
 
     def unfinished_in(self) -> list[Path]:
         """Return the folders in which files are written that are renamed once they are whole."""

@@ -277,6 +277,9 @@ class PacsStudies(StudiesFolder):
         facts = item.image.info if item else {}
         return ", ".join(filter(None, (facts.get("PatientID"), facts.get("SeriesDescription"))))
 
+    def _noted_of(self, image_id: str) -> dict[str, Any]:
+        return self.get_image_info(image_id)
+
     def _known_images(self) -> list[str]:
         return list(self._datastore.objects)
 

@@ -38,6 +38,13 @@ def opened(studies: Path, **options: Any) -> StudiesFolder:
     return StudiesFolder(str(studies), lambda: ("liver",), studies.parent / "refused", **options)
 
 
+def started(studies: Path) -> StudiesFolder:
+    """Open a folder as a server does: its janitor is the first to come by."""
+    store = opened(studies)
+    store.tidy()
+    return store
+
+
 def submit(store: StudiesFolder, case: str, voxels: int = 3) -> None:
     path = Path(store._datastore_path).parent / "submitted.nii.gz"
     array = np.zeros(SHAPE, np.uint8)
@@ -76,7 +83,9 @@ def test_what_was_stored_is_there_after_a_kill(studies: Path) -> None:
     note(store, "b", 1)
     store.remove_image("c")
     assert opened(studies).json() == store.json()
-    assert not (studies / JOURNAL).exists(), "a start writes the index whole"
+    assert (studies / JOURNAL).exists(), "others go on with it"
+    assert started(studies).json() == store.json()
+    assert not (studies / JOURNAL).exists(), "a server's start writes the index whole"
 
 
 def test_an_upload_says_what_was_known_of_it_and_of_labels_that_were_there_before(
@@ -180,19 +189,12 @@ def test_a_line_that_was_cut_is_dropped_and_overwritten(studies: Path, cut: int)
         note(store, case, value)
     journal = studies / JOURNAL
     journal.write_bytes(journal.read_bytes()[:-cut])
-    other = opened_as_other(studies)
+    other = opened(studies)
     assert noted(other) == [0, 1, None]
     note(other, "a", 5)
     assert all(index_journal._entry(line) for line in journal.read_bytes().split(b"\n")[:-1])
     assert noted(opened(studies)) == [5, 1, None]
     assert kept(studies, "damaged") == []
-
-
-def opened_as_other(studies: Path) -> StudiesFolder:
-    """Open a folder as a process does that leaves the journal as it is."""
-    store = opened(studies, read_only=True)
-    store._read_only = False
-    return store
 
 
 def test_a_damaged_line_spoils_no_other_and_the_journal_is_kept(
@@ -204,7 +206,7 @@ def test_a_damaged_line_spoils_no_other_and_the_journal_is_kept(
     content = (studies / JOURNAL).read_bytes()
     damaged = content.replace(b'"noted": 1', b'"noted": 8')
     (studies / JOURNAL).write_bytes(damaged)
-    assert noted(opened(studies)) == [0, None, 2]
+    assert noted(started(studies)) == [0, None, 2]
     (copy,) = studies.glob("*.damaged")
     assert copy.read_bytes() == damaged
     assert "1 lines of datastore_v2.journal are damaged" in caplog.text
@@ -216,7 +218,7 @@ def test_a_journal_of_another_index_is_never_applied_and_kept(studies: Path, cap
     stock = LocalDatastore(str(studies))  # after a kill, it knows nothing of the journal
     stock.update_image_info("a", {"noted": 2})
     journal = (studies / JOURNAL).read_bytes()
-    again = opened(studies)
+    again = started(studies)
     assert noted(again) == [2, None, None]
     (copy,) = studies.glob("*.other")
     assert copy.read_bytes() == journal
@@ -246,13 +248,13 @@ def test_a_backup_and_the_journal_together_are_all_that_was_stored(studies: Path
 
 
 def test_a_journal_is_not_applied_to_an_older_backup(studies: Path) -> None:
-    store = opened(studies)
+    store = started(studies)
     note(store, "a", 1)
     store.close()
     note(store, "b", 2)
     (studies / "datastore_v2.last.bak").unlink()  # today's, from before, is left
     (studies / INDEX).write_text("{")
-    assert noted(opened(studies)) == [None, None, None]
+    assert noted(started(studies)) == [None, None, None]
     assert len(kept(studies, "other")) == 1
 
 
@@ -279,7 +281,7 @@ def test_a_file_removed_while_the_server_runs_is_written_anew(studies: Path, nam
 
 def test_two_processes_see_each_others_changes_and_lose_none(studies: Path) -> None:
     one = opened(studies)
-    other = opened_as_other(studies)
+    other = opened(studies)
     for turn in range(6):
         for store, case in ((one, "a"), (other, "b")):
             note(store, case, turn)
@@ -336,7 +338,7 @@ def test_threads_that_write_at_once_lose_nothing(studies: Path) -> None:
 def test_a_server_that_watches_sees_what_a_batch_stores(studies: Path) -> None:
     server = opened(studies, auto_reload=True)
     try:
-        other = opened_as_other(studies)
+        other = opened(studies)
         for value in (1, 2):
             note(other, "a", value)
             assert within(5, lambda value=value: noted(server)[0] == value)
