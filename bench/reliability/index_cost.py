@@ -4,7 +4,7 @@
     python bench/reliability/index_cost.py --quick   # 50 and 500 images
 
 Three datastores side by side on folders of their own that hold the same: MONAI Label's own; MSHub's as it was, which
-wrote the whole index and a copy of it each time; MSHub's. Every image has a pre-label and a final label of 40
+wrote the whole index and a copy of it each time; MSHub's. Every image has a pre-label and a final label of 15
 structures, with what the server notes of such. The images are tiny: what they cost themselves is not looked at here.
 
 A save of MSHub's is given with its share of writing the index whole, which it has paid for when the journal is as long
@@ -38,7 +38,7 @@ from mshub.atomic_file import replace_json
 
 SHAPE = (12, 11, 10)
 IMAGES, QUICK = (200, 2_000, 10_000), (50, 500)
-STRUCTURES = tuple(f"structure_number_{number}" for number in range(40))
+STRUCTURES = tuple(f"structure_number_{number}" for number in range(15))
 TIMES = 20
 SLOW_ENTRIES = 2_000
 """Of the others, as many saves as take about as long as one with so many images."""
@@ -211,9 +211,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="50 and 500 images")
     options, found = parser.parse_args(), list[dict[str, Any]]()
     for images in QUICK if options.quick else IMAGES:
-        for kind in ("MONAI Label", "MSHub, whole each time", "MSHub"):
+        for kind in ("MSHub", "MONAI Label", "MSHub, whole each time"):
             with tempfile.TemporaryDirectory(prefix="mshub-bench-") as name:
                 found.append(measured(kind, images, Path(name)))
+            print(f"measured: {images:,} images, {kind}", file=sys.stderr, flush=True)
+            keep("index_cost_so_far", {"found": found})
     path = keep("index_cost_quick" if options.quick else "index_cost", {"found": found})
     print(report(found))
     print(f"figures: {path}")

@@ -99,6 +99,8 @@ class IndexedFolder(LocalDatastore):  # type: ignore[misc]
 
     def _store(self, entries: Entries) -> None:
         """Bring entries to the disk, then into memory; the caller holds the lock and has caught up."""
+        if not entries:
+            return
         if self._journal.must_be_whole:
             self._write_whole(entries)
         else:
@@ -111,9 +113,7 @@ class IndexedFolder(LocalDatastore):  # type: ignore[misc]
                 logger.error("the index is not written whole, its journal grows: %s", error)
 
     def _take_note(self, entries: Entries) -> None:
-        """Store what is so in the folder already; on a full disk only memory knows, and finds it again next time."""
-        if not entries:
-            return
+        """Store what is so already; on a full disk only memory knows, and finds it again next time."""
         try:
             self._store(entries)
         except OSError as error:

@@ -407,7 +407,7 @@ class PacsStudies(StudiesFolder):
             return
         with self._lock:
             self._catch_up()
-            self._store(
+            self._take_note(
                 {
                     image: ImageLabelModel(image=DataModel(info={**facts, "name": image + VOLUME}, ext=VOLUME))
                     for image, facts in listed.items()
