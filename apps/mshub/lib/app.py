@@ -219,7 +219,7 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         datastore = self.datastore()
         if isinstance(datastore, StudiesFolder) and not settings.MONAI_LABEL_DATASTORE_READ_ONLY:
             yield partial(unfinished, datastore.unfinished_in)
-            yield datastore.tidy
+            yield datastore.tidy_daily
         if isinstance(datastore, PacsStudies):
             yield partial(remove_abandoned, datastore.pending, names=ANYTHING)
             yield partial(datastore.trim_copies, int(self.config.disk_gb * 2**30))

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
+from datetime import date, datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +39,23 @@ class IndexedFolder(LocalDatastore):  # type: ignore[misc]
         index.parent.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(index.parent / ".lock", poll_interval=WAIT_S)
         self._journal, self._read_only = IndexJournal(index), read_only
+        self._tidied: date | None = None
         super().__init__(path, extensions=extensions, auto_reload=auto_reload, read_only=read_only)
         if auto_reload and hasattr(self, "_observer"):
             self._watch()
 
-    def tidy(self) -> str:
-        """Write the index whole if it has a journal, and keep today's copy; returns nothing, as a janitor's task.
+    def tidy_daily(self) -> str:
+        """Be tidy when a server starts, and once a day from then on; returns nothing, as a janitor's task."""
+        today = datetime.now(timezone.utc).date()
+        if self._tidied != today:
+            self.tidy()
+            self._tidied = today
+        return ""
 
-        Other programs know nothing of the journal. A full disk leaves it, and nothing is lost.
+    def tidy(self) -> None:
+        """Write the index whole if it has a journal, of which other programs know nothing, and keep today's copy.
+
+        A full disk leaves the journal, and nothing is lost.
         """
         try:
             with self._lock:
@@ -54,7 +64,6 @@ class IndexedFolder(LocalDatastore):  # type: ignore[misc]
                 back_up(self._journal.index)
         except OSError as error:
             logger.error("the index cannot be written: %s", error)
-        return ""
 
     def close(self) -> None:
         """Leave an index that says all."""

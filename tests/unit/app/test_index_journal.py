@@ -7,6 +7,7 @@ import multiprocessing
 import shutil
 import threading
 import time
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def opened(studies: Path, **options: Any) -> StudiesFolder:
 def started(studies: Path) -> StudiesFolder:
     """Open a folder as a server does: its janitor is the first to come by."""
     store = opened(studies)
-    store.tidy()
+    store.tidy_daily()
     return store
 
 
@@ -267,6 +268,16 @@ def test_an_index_damaged_while_the_server_runs_is_written_anew(studies: Path) -
     assert len(kept(studies, "damaged")) == 1
 
 
+def test_an_index_that_was_only_touched_is_not_taken_for_another(studies: Path) -> None:
+    store = opened(studies)
+    note(store, "a", 1)
+    (studies / INDEX).touch()
+    known = store._datastore
+    note(store, "b", 2)
+    assert store._datastore is known
+    assert noted(opened(studies)) == [1, 2, None]
+
+
 @pytest.mark.parametrize("name", [INDEX, JOURNAL])
 def test_a_file_removed_while_the_server_runs_is_written_anew(studies: Path, name: str) -> None:
     store = opened(studies)
@@ -355,6 +366,16 @@ def within(seconds: float, is_so: Any) -> bool:
     while not is_so() and time.monotonic() < end:
         time.sleep(0.02)
     return bool(is_so())
+
+
+def test_the_index_is_written_whole_at_a_start_and_once_a_day(studies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = started(studies)
+    note(store, "a", 1)
+    store.tidy_daily()
+    assert (studies / JOURNAL).exists()
+    monkeypatch.setattr(store, "_tidied", date(2026, 1, 1))
+    store.tidy_daily()
+    assert not (studies / JOURNAL).exists()
 
 
 def test_stock_monai_label_reads_all_after_a_clean_stop(studies: Path) -> None:
