@@ -21,7 +21,9 @@ import numpy as np
 from arena import make_image, make_model_folder  # first: it tells Python where the tests and the app are
 from dicom_series_factory import SeriesMaker
 from fake_pacs import FakePacs
-from lib.datastore import INDEX, StudiesFolder
+from lib import index_journal
+from lib.datastore import StudiesFolder
+from lib.index_file import INDEX
 from lib.janitor import ANYTHING, folders_below, remove_abandoned, unfinished
 from lib.pacs_images import SeriesFiles
 from lib.sessions import UploadSessions
@@ -29,6 +31,7 @@ from mshub.store import ModelStore
 from mshub.volume_io import read_volume
 
 CASES, SHAPE = ("a", "b", "c"), (12, 11, 10)
+index_journal.LEAST_BYTES = 20_000  # so that the index is written whole as often as it is killed
 LONG_AGO_S = 2 * 24 * 3600.0
 Told = dict[str, Any]
 

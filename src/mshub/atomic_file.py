@@ -30,13 +30,13 @@ def replacing(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
             stream.flush()
             os.fsync(stream.fileno())
         part.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Bring a renaming onto the disk: without it a power cut can undo what was acknowledged."""
     if os.name != "posix":
         return

@@ -1,4 +1,4 @@
-"""bench/reliability in small: bad files, odd paths and requests, and people at work, on a real server."""
+"""bench/reliability in small: bad files, odd texts, people at work, on a real server; what storing costs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import bad_files
+import index_cost
 import load
 import paths
 import schema
@@ -56,6 +57,16 @@ def test_no_operation_answers_5xx(tmp_path: Path) -> None:
         assert found[who]["operations"] > 90
         assert found[who]["succeeded"] > 0.2 * found[who]["cases"]
     assert schema.holds(found), schema.report(found)
+
+
+def test_what_is_written_to_store_something_does_not_grow_with_the_images(tmp_path: Path) -> None:
+    few, many = (index_cost.measured("MSHub", images, tmp_path / str(images)) for images in (25, 250))
+    before = index_cost.measured("MSHub, whole each time", 250, tmp_path / "before")
+    for what in index_cost.WHAT:
+        assert many[f"{what}_bytes"] < 1.1 * few[f"{what}_bytes"]
+        assert many[f"{what}_bytes"] < before["index_bytes"] / 50
+    assert many["index_bytes"] > 8 * few["index_bytes"]
+    assert index_cost.report([few, many, before]).count("\n") == 4
 
 
 def test_the_watch_sees_what_is_opened_and_made(tmp_path: Path) -> None:

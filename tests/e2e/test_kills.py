@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -96,7 +95,7 @@ class Ward:
         serving = ModelStore(self.home).verify(MODEL)
         _, params = self.client().infer(MODEL, "case0", {"profile": "balanced"})
         assert params["model_version"] == serving.version
-        index = json.loads((self.studies / "datastore_v2.json").read_text())
+        index = self.client().datastore()
         for case, marked in dict(self.acknowledged).items():
             label = self.studies / "labels" / "final" / f"{case}.nii.gz"
             kept = [label, *(self.studies / "labels").glob(f"version_*/{case}.nii.gz")]

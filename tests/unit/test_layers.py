@@ -45,8 +45,9 @@ LIBRARY_LAYERS = (
     *("users_cli", "cli", "__main__"),
 )
 APP_LAYERS = (
-    *("lib.faults", "lib.audit", "lib.free_space", "lib.index_file", "lib.label_note", "lib.janitor", "lib.sessions"),
-    *("lib.background", "lib.oidc_settings", "lib.conf", "lib.activity", "lib.digests", "lib.reviews", "lib.datastore"),
+    *("lib.faults", "lib.audit", "lib.free_space", "lib.index_file", "lib.index_journal", "lib.indexed_folder"),
+    *("lib.label_note", "lib.label_folder", "lib.janitor", "lib.sessions", "lib.background", "lib.oidc_settings"),
+    *("lib.conf", "lib.activity", "lib.digests", "lib.reviews", "lib.datastore"),
     *("lib.pacs_client", "lib.pacs_images", "lib.pacs_labels", "lib.pacs", "lib.exports"),
     *("lib.infers", "lib.trainers", "lib.activelearning", "lib.warm_up", "lib.app", "lib.server", "main"),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import hashlib
 import logging
@@ -193,6 +194,7 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         logging.getLogger("timeloop").disabled = True
         self._hide_images()
         Janitor(self._sweeping()).start()
+        self._leave_tidy()
         if isinstance(self.datastore(), StudiesFolder):
             facts = (self._task, self._infer_in_turn, self._studies, self._served, self._modalities)
             self.active_learning.start(self.activity, self.jobs, *facts)
@@ -206,6 +208,12 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         if isinstance(datastore, StudiesFolder):
             hide_with(partial(pseudonyms.hide, image_of=datastore.image_of))
 
+    def _leave_tidy(self) -> None:
+        """Leave an index for other programs when the server ends."""
+        datastore = self.datastore()
+        if isinstance(datastore, StudiesFolder):
+            atexit.register(datastore.close)
+
     def _sweeping(self) -> Iterator[Callable[[], str]]:
         """Yield what the janitor does."""
         yield partial(keep, results_folder())
@@ -216,6 +224,7 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         datastore = self.datastore()
         if isinstance(datastore, StudiesFolder) and not settings.MONAI_LABEL_DATASTORE_READ_ONLY:
             yield partial(unfinished, datastore.unfinished_in)
+            yield datastore.tidy_daily
         if isinstance(datastore, PacsStudies):
             yield partial(remove_abandoned, datastore.pending, names=ANYTHING)
             yield partial(datastore.trim_copies, int(self.config.disk_gb * 2**30))

@@ -10,29 +10,24 @@ import time
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext
 from datetime import datetime, timezone
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from fastapi import HTTPException
-from filelock import FileLock
-from monailabel.datastore.local import DataModel, LocalDatastore
 from monailabel.interfaces.datastore import DefaultLabelTag
 
 from lib import audit
 from lib.faults import as_http_errors, check_name
 from lib.free_space import check_space
-from lib.index_file import back_up, back_up_last, plain, recover
-from lib.label_note import LabelNote
+from lib.label_folder import IMAGE_ENDINGS, LabelFolder, ending_of
 from lib.reviews import patient_of, reviewed_case
 from mshub.agreement import agreement
 from mshub.atomic_file import replace_by_copy, replace_json
 from mshub.card_tables import Channel
 from mshub.case_folders import PATIENTS, read_patients
 from mshub.cases import ReviewedCase
-from mshub.checksums import file_sha256
 from mshub.corrections import Correction, read_correction
 from mshub.doubts import label_doubts
 from mshub.errors import MSHubError
@@ -43,14 +38,13 @@ from mshub.volume_io import read_grid, read_volume
 
 logger = logging.getLogger(__name__)
 
-IMAGE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha")
 FIRST_CHANNEL = "_0000"
-INDEX = "datastore_v2.json"  # MONAI Label's name for it
-_VERSION = re.compile(r"version_(\d+)")
+MOST_COMPARED = 300
+"""So many labels say what volume of a structure is usual; more would cost more and say the same."""
 _CHANNEL = re.compile(r"(?P<case>.+)_(?P<number>\d{4})")
 
 
-class StudiesFolder(LocalDatastore):  # type: ignore[misc]
+class StudiesFolder(LabelFolder):
     """Images of a folder, by id.
 
     ``case.nii.gz`` is the image ``case``. ``case_0000.nii.gz``, ``case_0001.nii.gz``... (nnU-Net's names) are the
@@ -79,23 +73,7 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
         self.structures, self._refused = structures, RefusedLabels(refused)
         self._warned: set[str] = set()
         self._adding = threading.Lock()
-        index = Path(path) / INDEX
-        if not read_only:
-            recover(index)
-        super().__init__(
-            path, extensions=[f"*{ending}" for ending in IMAGE_ENDINGS], auto_reload=auto_reload, read_only=read_only
-        )
-        if not read_only:
-            self._settle_at_start()
-            back_up(index)
-
-        if auto_reload:
-            self._handler.on_moved = self._on_index_replaced
-
-    def _on_index_replaced(self, event: Any) -> None:
-        """Read the index again after another process, such as a batch, put a new one in place by renaming it."""
-        if event.dest_path == self._datastore_config_path:
-            self._init_from_datastore_file()
+        super().__init__(path, auto_reload=auto_reload, read_only=read_only)
 
     def channels(self, image_id: str) -> list[Path]:
         """Return the files of an image, one per channel, in order.
@@ -144,18 +122,28 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
             )
         with as_http_errors():
             check_space(Path(self._datastore.image_path()), Path(image_filename).stat().st_size)
-        ending = _ending(image_filename)
+        ending = ending_of(image_filename)
         name = (image_id or Path(image_filename).name.removesuffix(ending)) + ending
         self._refuse_taken(name)
         with as_http_errors():
             read_volume(Path(image_filename))
         with self._adding:
             self._refuse_taken(name)  # meanwhile
-            replace_by_copy(Path(image_filename), Path(self._datastore.image_path()) / name)
-            self.refresh()
-        stored = self._id_of(name)
-        self.update_image_info(stored, image_info)
-        return stored
+            target = Path(self._datastore.image_path()) / name
+            replace_by_copy(Path(image_filename), target)
+            try:
+                return self._take_in_image(name, image_info)
+            except OSError:
+                target.unlink(missing_ok=True)
+                raise
+
+    def _take_in_image(self, name: str, info: dict[str, Any]) -> str:
+        """Let the index know a file that was added; it may be a further channel of an image that is known."""
+        with self._lock:
+            self._catch_up()
+            image = self._id_of(name)
+            self._store({image: self._entry_of(image, self._to_id(name)[1], info)})
+        return image
 
     def _refuse_taken(self, name: str) -> None:
         """Refuse a file name that is, or would be, an image that is here already."""
@@ -225,14 +213,16 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
         return {"doubts": doubts, "agreement": agreement(reviewed, submitted, values, predicted, names).as_dict()}
 
     def _hints(self, image_id: str, correction: Correction, reviewed: list[str]) -> list[str]:
-        """Return what looks unfinished in a label, also beside the other labels here."""
-        usual: dict[str, list[float]] = {}
-        for other, item in list(self._datastore.objects.items()):
-            final = item.labels.get(DefaultLabelTag.FINAL.value)
-            for name, volume in (final.info.get("volumes_ml") or {}).items() if final and other != image_id else ():
-                usual.setdefault(name, []).append(volume)
-        labels = correction.labels
+        """Return what looks unfinished in a label, also beside other labels here."""
+        labels, usual = correction.labels, self._usual_volumes(image_id, reviewed)
         return label_hints(labels.array_xyz, correction.values, reviewed, labels.grid.spacing_xyz_mm, usual)
+
+    def _usual_volumes(self, image_id: str, structures: Sequence[str]) -> dict[str, list[float]]:
+        """Return the volumes of structures in the final labels of other images, or of enough of them."""
+        tag, objects = DefaultLabelTag.FINAL.value, list(self._datastore.objects.items())
+        others = [item.labels[tag].info for other, item in objects if tag in item.labels and other != image_id]
+        some = [info.get("volumes_ml") or {} for info in others[:: 1 + len(others) // MOST_COMPARED]]
+        return {name: [volumes[name] for volumes in some if name in volumes] for name in structures}
 
     def save_prediction(self, image_id: str, path: Path, label_tag: str, label_info: dict[str, Any]) -> str:
         """Store a label a model made: a pre-label, whose names and numbers are the model's own."""
@@ -253,7 +243,12 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
             ``patients.csv`` is not what `mshub.case_folders.read_patients` expects.
         """
         known = self._patients_table()
-        return {image: patient_of(image, self.get_image_info(image), known) for image in images}
+        return {image: patient_of(image, self._noted_of(image), known) for image in images}
+
+    def _noted_of(self, image_id: str) -> dict[str, Any]:
+        """Return what is noted of an image, without a look at its file: it is asked of all images at once."""
+        item = self._datastore.objects.get(image_id)
+        return item.image.info if item else self.get_image_info(image_id)
 
     def _patients_table(self) -> dict[str, str]:
         """Return what ``patients.csv`` in the folder says."""
@@ -341,106 +336,24 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
             self._warned.add(message)
             logger.warning(message)
 
-    def _store_label(self, image_id: str, path: Path, tag: str, info: dict[str, Any]) -> str:
-        """Put a label in place by one rename, after the one it replaces was put aside; then write the index."""
-        ending = _ending(path.name) or path.suffix
-        with as_http_errors():
-            check_space(Path(self._datastore.image_path()), 2 * path.stat().st_size)  # and the one it replaces
-        with FileLock(self._lock_file):
-            self._settle()
-            old = self._datastore.objects[image_id].labels.get(tag)
-            stored = plain({**info, "ts": int(time.time()), "name": image_id + ending})
-            labels, copy = {tag: {"ext": ending, "info": stored}}, ""
-            if old is not None and tag != DefaultLabelTag.ORIGINAL.value:
-                aside = self._next_version(image_id)
-                labels[aside] = {"ext": old.ext, "info": {**old.info, "replaced_tag": tag}}
-                copy = f"{aside}/{image_id}{old.ext}"
-            note = LabelNote(image_id, f"{tag}/{image_id}{ending}", file_sha256(path), labels, copy)
-            note.write(self._labels_folder)
-            try:
-                if old is not None and copy:
-                    replace_by_copy(self._labels_folder / tag / (image_id + old.ext), self._labels_folder / copy)
-                replace_by_copy(path, self._labels_folder / note.file)
-            finally:
-                self._settle()
-            back_up_last(Path(self._datastore_config_path))
-        return image_id
-
-    @property
-    def _labels_folder(self) -> Path:
-        return Path(self._datastore.label_path(None))
-
-    def _settle(self) -> None:
-        """Let the index say what is so, where a label was being stored: the new one is in place, or the old one is."""
-        folder = self._labels_folder
-        note = LabelNote.read(folder)
-        if note is None or note.image not in self._datastore.objects:
-            return LabelNote.remove(folder)
-        labels = self._datastore.objects[note.image].labels
-        if note.is_done(folder):
-            there = {
-                tag for tag, known in note.labels.items() if (folder / tag / (note.image + known["ext"])).is_file()
-            }
-            labels.update({tag: DataModel(**known) for tag, known in note.labels.items() if tag in there})
-            self._update_datastore_file(lock=False)
-            for ending in IMAGE_ENDINGS:
-                other = folder / Path(note.file).parent / (note.image + ending)
-                if other != folder / note.file:
-                    other.unlink(missing_ok=True)
-        elif note.copy:
-            (folder / note.copy).unlink(missing_ok=True)
-            if labels.pop(Path(note.copy).parts[0], None) is not None:
-                self._update_datastore_file(lock=False)
-        return LabelNote.remove(folder)
-
-    def _reconcile_datastore(self) -> None:
-        """Take in what is in the folder; a full disk is no reason not to start, as all of it is found again."""
-        try:
-            super()._reconcile_datastore()
-        except OSError as error:
-            logger.error("the index cannot be written: %s", error)
-
-    def _settle_at_start(self) -> None:
-        """Make good what a server left that was killed; on a full disk only in memory, so that it starts."""
-        try:
-            with FileLock(self._lock_file):
-                self._settle()
-        except OSError as error:
-            logger.error("the index cannot be written: %s", error)
-
-    def unfinished_in(self) -> list[Path]:
-        """Return the folders in which files are written that are renamed once they are whole."""
-        labels = self._labels_folder
-        return [Path(self._datastore_path), *(path for path in labels.glob("*") if path.is_dir()), labels]
-
-    def _next_version(self, image_id: str) -> str:
-        labels = self._datastore.objects[image_id].labels
-        numbers = [int(match[1]) for match in map(_VERSION.fullmatch, labels) if match]
-        return f"version_{max(numbers, default=0) + 1}"
-
-    def _update_datastore_file(self, lock: bool = True) -> None:
-        """Write the index whole or not at all; MONAI Label truncates it first, and a crash then loses everything."""
-        with FileLock(self._lock_file) if lock else nullcontext():
-            index = Path(self._datastore_config_path)
-            replace_json(index, self._datastore.model_dump(exclude={"base_path"}))
-            self._config_ts = index.stat().st_mtime
-
     def remove_image(self, image_id: str) -> None:
         """Remove an image with all its channels and labels; 404 for an id that is not in the datastore."""
         channels = self.channels(image_id)
-        super().remove_image(image_id)
-        for path in channels[1:]:
-            path.unlink(missing_ok=True)
-        self.refresh()
+        with self._lock:
+            self._catch_up()
+            labels = [self._label_file(image_id, tag) for tag in self.get_labels_by_image_id(image_id)]
+            for path in [*filter(None, labels), *channels]:
+                path.unlink(missing_ok=True)
+            self._take_note({image_id: None})
 
     def _id_of(self, name: str) -> str:
         """Return the id of the image that a file of the folder belongs to."""
-        case = _channel_case(name, _ending(name))
+        case = _channel_case(name, ending_of(name))
         return case if case is not None and case in self._datastore.objects else self._to_id(name)[0]
 
     def _to_id(self, file: str) -> tuple[str, str]:
         """Return (id, ending): ``case_0000.nii.gz`` is ``("case", "_0000.nii.gz")``."""
-        ending = _ending(file) or Path(file).suffix
+        ending = ending_of(file) or Path(file).suffix
         stem = file.removesuffix(ending) if ending else file
         if stem.endswith(FIRST_CHANNEL):
             return stem.removesuffix(FIRST_CHANNEL), FIRST_CHANNEL + ending
@@ -452,14 +365,6 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
             if image_id in self._datastore.objects:
                 return image_id
         return None
-
-    def update_image_info(self, image_id: str, info: dict[str, Any]) -> None:
-        """Note what is known of an image."""
-        super().update_image_info(image_id, plain(info))
-
-    def update_label_info(self, label_id: str, label_tag: str, info: dict[str, Any]) -> None:
-        """Note what is known of a label."""
-        super().update_label_info(label_id, label_tag, plain(info))
 
     def get_dataset_archive(self, limit_cases: int | None) -> str:
         """Return a new ZIP of images that have a final label, and these labels; 404 if there are none."""
@@ -477,26 +382,6 @@ class StudiesFolder(LocalDatastore):  # type: ignore[misc]
                 Path(file.name).unlink(missing_ok=True)
                 raise
         return file.name
-
-    def _remove_non_existing(self) -> int:
-        """Forget what is no longer in the folder, one by one: other threads read and add meanwhile."""
-        self._init_from_datastore_file()
-        objects, gone = self._datastore.objects, 0
-        for image, entry in list(objects.items()):
-            if not (Path(self._datastore.image_path()) / (image + entry.image.ext)).exists():
-                gone += objects.pop(image, None) is not None
-                continue
-            for tag, label in list(entry.labels.items()):
-                if not (self._labels_folder / tag / (image + label.ext)).exists():
-                    gone += entry.labels.pop(tag, None) is not None
-        return gone
-
-    def _on_any_event(self, event: Any) -> None:
-        """Look at the folder again; whatever goes wrong, the thread that tells of changes goes on."""
-        try:
-            super()._on_any_event(event)
-        except Exception:
-            logger.exception("the folder of studies was not looked at again after a change")
 
     def _list_files(self, path: str, patterns: list[str]) -> dict[str, str]:
         """Return the files of a folder without the second and further channels of a case.
@@ -545,12 +430,8 @@ def _is_text(name: str) -> bool:
     return True
 
 
-def _ending(name: str) -> str:
-    return next((ending for ending in IMAGE_ENDINGS if name.endswith(ending)), "")
-
-
 def _is_further_channel(name: str, siblings: dict[str, str]) -> bool:
-    ending = _ending(name)
+    ending = ending_of(name)
     case = _channel_case(name, ending)
     return (
         case is not None

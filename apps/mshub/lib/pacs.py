@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence, Set
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -23,7 +23,6 @@ import numpy as np
 import pydicom
 from cachetools import LRUCache
 from fastapi import HTTPException
-from filelock import FileLock
 from monailabel.datastore.local import DataModel, ImageLabelModel
 from monailabel.interfaces.datastore import DefaultLabelTag
 from pydicom.dataset import Dataset
@@ -278,6 +277,9 @@ class PacsStudies(StudiesFolder):
         facts = item.image.info if item else {}
         return ", ".join(filter(None, (facts.get("PatientID"), facts.get("SeriesDescription"))))
 
+    def _noted_of(self, image_id: str) -> dict[str, Any]:
+        return self.get_image_info(image_id)
+
     def _known_images(self) -> list[str]:
         return list(self._datastore.objects)
 
@@ -401,15 +403,17 @@ class PacsStudies(StudiesFolder):
         return listed
 
     def _register(self, listed: Mapping[str, Mapping[str, str]]) -> None:
-        with FileLock(self._lock_file):
-            new = {
-                image: ImageLabelModel(image=DataModel(info={**facts, "name": image + VOLUME}, ext=VOLUME))
-                for image, facts in listed.items()
-                if image not in self._datastore.objects
-            }
-            if new:
-                self._datastore.objects.update(new)
-                self._update_datastore_file(lock=False)
+        if listed.keys() <= self._datastore.objects.keys():
+            return
+        with self._lock:
+            self._catch_up()
+            self._take_note(
+                {
+                    image: ImageLabelModel(image=DataModel(info={**facts, "name": image + VOLUME}, ext=VOLUME))
+                    for image, facts in listed.items()
+                    if image not in self._datastore.objects
+                }
+            )
 
     def _facts(self, image_id: str) -> dict[str, Any]:
         """Return what the PACS says of a series; while it is down, what it said of one there is a copy of."""
@@ -438,15 +442,9 @@ class PacsStudies(StudiesFolder):
             raise HTTPException(404, f"The PACS has no {kinds} series {image_id}.")
         return listed[image_id]
 
-    def _remove_non_existing(self) -> int:
-        """Forget labels whose file is gone, as MONAI Label does, but no series: it can be downloaded again."""
-        self._init_from_datastore_file()
-        gone = 0
-        for image_id, item in list(self._datastore.objects.items()):
-            for tag in [tag for tag in item.labels if not Path(self.get_label_uri(image_id, tag)).is_file()]:
-                del item.labels[tag]
-                gone += 1
-        return gone
+    def _is_there(self, image: str, entry: ImageLabelModel, files: Set[str]) -> bool:
+        """Forget no series, whose copy may be gone: it can be downloaded again."""
+        return True
 
     @contextmanager
     def _on_grid(self, image_id: str, label: Path) -> Iterator[Path]:
@@ -475,14 +473,17 @@ class PacsStudies(StudiesFolder):
                 return
             try:
                 note = self._stored_seg(image_id, info)
-            except PacsError as error:
+            except (PacsError, OSError) as error:
                 note = {"stored": False, "waits": True, "message": f"{error} The label is kept here and sent later."}
             except (MSHubError, HTTPException) as error:
                 text = error.detail if isinstance(error, HTTPException) else str(error)
                 note = {"stored": False, "waits": False, "message": f"Not stored as DICOM SEG: {text}"}
             if not note["stored"]:
                 logger.warning("%s: %s", image_id, note["message"])
-            self.update_label_info(image_id, FINAL, {"pacs": note})
+            try:
+                self.update_label_info(image_id, FINAL, {"pacs": note})
+            except OSError as error:  # the label is stored, and that is what counts
+                logger.error("%s: what became of the label at the PACS is not noted: %s", image_id, error)
 
     def _stored_seg(self, image_id: str, info: Mapping[str, Any]) -> dict[str, Any]:
         stack = self._files.stack(image_id)

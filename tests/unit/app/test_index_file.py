@@ -12,8 +12,8 @@ import pytest
 
 from factories import make_image
 from lib.app import MSHubApp
-from lib.datastore import INDEX, StudiesFolder
-from lib.index_file import DAYS, back_up, plain, recover
+from lib.datastore import StudiesFolder
+from lib.index_file import DAYS, INDEX, back_up, plain, recover
 from mshub.errors import MSHubError
 
 DAMAGE = {

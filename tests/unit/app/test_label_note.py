@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,9 @@ import numpy as np
 import pytest
 
 from factories import make_image
-from lib.datastore import INDEX, StudiesFolder
+from lib.datastore import StudiesFolder
+from lib.index_journal import IndexJournal
+from lib.label_folder import REPLACED
 from lib.label_note import NAME, LabelNote
 
 SHAPE = (5, 4, 3)
@@ -62,12 +63,11 @@ def test_a_label_whose_index_was_not_written_has_its_own_names(
 ) -> None:
     store = opened(studies)
     old = submit(store, 5, liver=1, spleen=2)
-    monkeypatch.setattr(StudiesFolder, "_update_datastore_file", fail)
+    monkeypatch.setattr(IndexJournal, "append", fail)
     with pytest.raises(Killed):
         submit(store, 7, liver=2, spleen=1)
     monkeypatch.undo()
     new = (tmp_path / "submitted.nii.gz").read_bytes()
-    assert json.loads((studies / INDEX).read_text())["objects"]["ct"]["labels"].keys() == {"final"}
     again = opened(studies)
     assert (studies / "labels" / "final" / "ct.nii.gz").read_bytes() == new
     assert names_of(again) == {"liver": 2, "spleen": 1}
@@ -81,11 +81,11 @@ def test_a_label_whose_index_was_not_written_has_its_own_names(
 def test_a_label_that_was_not_stored_leaves_the_old_one_and_its_names(
     studies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copies: int
 ) -> None:
-    from lib import datastore
+    from lib import label_folder
 
     store, left = opened(studies), [None] * copies
     old = submit(store, 5, liver=1, spleen=2)
-    copy = datastore.replace_by_copy
+    copy = label_folder.replace_by_copy
 
     def fail_then(source: Path, target: Path) -> None:
         if not left:
@@ -93,7 +93,7 @@ def test_a_label_that_was_not_stored_leaves_the_old_one_and_its_names(
         left.pop()
         copy(source, target)
 
-    monkeypatch.setattr(datastore, "replace_by_copy", fail_then)
+    monkeypatch.setattr(label_folder, "replace_by_copy", fail_then)
     with pytest.raises(OSError, match="no space"):
         submit(store, 7, liver=2, spleen=1)
     monkeypatch.undo()
@@ -104,27 +104,77 @@ def test_a_label_that_was_not_stored_leaves_the_old_one_and_its_names(
     assert leave(tmp_path, studies) == []
 
 
-def test_a_full_disk_while_the_index_is_written_is_made_good_by_the_next_label(
+def full(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, "no space left on device")
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".nii"])
+@pytest.mark.parametrize("before", [0, 1, 2])
+def test_a_label_that_cannot_be_noted_is_taken_back(
+    studies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, before: int
+) -> None:
+    store = opened(studies)
+    for number in range(before):
+        submit(store, 5 + number, liver=1, spleen=2)
+    files, known = everything(studies), store.json()
+    monkeypatch.setattr(IndexJournal, "append", full)
+    monkeypatch.setattr(IndexJournal, "write_index", full)
+    with pytest.raises(OSError, match="no space"):
+        submit(store, 9, ending, liver=2, spleen=1)
+    assert everything(studies) == files
+    assert store.json() == known
+    assert opened(studies).json() == known, "a server starts on a full disk, and finds no label it refused"
+    monkeypatch.undo()
+    assert opened(studies).json() == known
+    submit(opened(studies), 9, ending, liver=2, spleen=1)
+    again = opened(studies)
+    assert names_of(again) == {"liver": 2, "spleen": 1}
+    assert len(again.get_labels_by_image_id("ct")) == before + 1, "a version for each that was replaced, and no more"
+
+
+def test_a_prelabel_that_cannot_be_noted_leaves_the_one_before(
     studies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = opened(studies)
-    submit(store, 5, liver=1, spleen=2)
-
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, "no space left on device")
-
-    monkeypatch.setattr(StudiesFolder, "_update_datastore_file", full)
+    first, second = (make_image(tmp_path / f"{name}.nii.gz", SHAPE, seed=seed) for seed, name in enumerate("ab"))
+    store.save_prediction("ct", first, "original", {"model": "old"})
+    files, known = everything(studies), store.json()
+    monkeypatch.setattr(IndexJournal, "append", full)
     with pytest.raises(OSError, match="no space"):
-        submit(store, 7, liver=2, spleen=1)
-    second = (tmp_path / "submitted.nii.gz").read_bytes()
-    assert names_of(store) == {"liver": 2, "spleen": 1}, "what is in the file"
-    opened(studies)  # starts all the same
+        store.save_prediction("ct", second, "original", {"model": "new"})
     monkeypatch.undo()
-    submit(store, 9, spleen=1, liver=2)
+    assert everything(studies) == files
+    assert opened(studies).json() == known
+    store.save_prediction("ct", second, "original", {"model": "new"})
+    assert opened(studies).get_label_info("ct", "original")["model"] == "new"
+    assert Path(store.get_label_uri("ct", "original")).read_bytes() == second.read_bytes()
+    assert not (studies / "labels" / REPLACED).exists()
+
+
+def test_a_kill_while_a_label_is_taken_back_leaves_one_of_the_two_whole(
+    studies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = opened(studies)
+    old = submit(store, 5, liver=1, spleen=2)
+    monkeypatch.setattr(IndexJournal, "append", full)
+    monkeypatch.setattr("lib.label_folder.sync_folder", fail)
+    with pytest.raises(Killed):
+        submit(store, 7, liver=2, spleen=1)
+    monkeypatch.undo()
     again = opened(studies)
-    assert (studies / "labels" / "version_2" / "ct.nii.gz").read_bytes() == second
-    assert names_of(again, "version_2") == {"liver": 2, "spleen": 1}
-    assert names_of(again, "version_1") == {"liver": 1, "spleen": 2}
+    assert (studies / "labels" / "final" / "ct.nii.gz").read_bytes() == old
+    assert names_of(again) == {"liver": 1, "spleen": 2}
+    assert set(again.get_labels_by_image_id("ct")) == {"final"}
+    assert leave(tmp_path, studies) == []
+
+
+def everything(studies: Path) -> dict[str, bytes]:
+    """Return the files of a folder that are of consequence: the locks are not."""
+    return {
+        str(path.relative_to(studies)): path.read_bytes()
+        for path in studies.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
 
 
 def test_a_label_of_another_format_leaves_no_file_of_the_old_one(studies: Path) -> None:

@@ -191,6 +191,25 @@ def test_a_label_is_kept_while_the_pacs_is_down_and_sent_once_it_answers(open_pa
     assert [item.Modality for item in remote.objects].count("SEG") == 1
 
 
+def test_a_full_disk_after_a_label_was_stored_is_no_reason_to_say_it_was_not(
+    open_pacs: Any, label: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = FakePacs(MAKER.slices())
+    pacs = open_pacs(remote)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "no space left on device")
+
+    monkeypatch.setattr("lib.pacs.write_seg", full)
+    monkeypatch.setattr(pacs, "update_label_info", full)
+    pacs.save_label(MAKER.uid, str(label), "final", LABEL_INFO)
+    monkeypatch.undo()
+    again = open_pacs(remote)
+    assert again.get_label_info(MAKER.uid, "final")["pacs"]["waits"]
+    again.list_images()
+    assert again.get_label_info(MAKER.uid, "final")["pacs"]["stored"]
+
+
 def test_a_label_whose_series_was_never_here_is_kept_aside_while_the_pacs_is_down(
     open_pacs: Any, label: Path, tmp_path: Path
 ) -> None:

@@ -124,7 +124,7 @@ class ActiveLearning:
         """Keep how a submitted label agrees with its pre-label, and let others have the image."""
         try:
             self.casebook.note_submission(image, datastore)
-        except MSHubError as error:  # the label is stored, and that is what counts
+        except (MSHubError, OSError) as error:  # the label is stored, and that is what counts
             logger.error("how the label of %s agrees with its pre-label is not kept: %s", image, error)
 
     # -- the next case ------------------------------------------------------------------------------------------

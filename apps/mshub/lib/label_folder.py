@@ -1,0 +1,162 @@
+"""A folder of labels whose files and index agree, wherever storing one breaks off."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+from fastapi import HTTPException
+from monailabel.datastore.local import DataModel, ImageLabelModel
+from monailabel.interfaces.datastore import DefaultLabelTag
+
+from lib.faults import as_http_errors
+from lib.free_space import check_space
+from lib.index_file import plain
+from lib.indexed_folder import IndexedFolder
+from lib.label_note import NAME, LabelNote
+from mshub.atomic_file import replace_by_copy, sync_folder
+from mshub.checksums import file_sha256
+
+logger = logging.getLogger(__name__)
+
+IMAGE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha")
+REPLACED = ".label-being-replaced"
+"""Where a pre-label that is replaced is kept until the new one is in the index."""
+_VERSION = re.compile(r"version_(\d+)")
+
+
+class LabelFolder(IndexedFolder):
+    """Labels of images, each stored wholly or not at all; a label that is replaced stays as ``version_N``."""
+
+    def __init__(self, path: str, auto_reload: bool, read_only: bool) -> None:
+        extensions = [f"*{ending}" for ending in IMAGE_ENDINGS]
+        super().__init__(path, extensions, auto_reload=auto_reload, read_only=read_only)
+        if not read_only:
+            self._settle_at_start()
+
+    def unfinished_in(self) -> list[Path]:
+        """Return the folders in which files are written that are renamed once they are whole."""
+        labels = self._labels_folder
+        return [Path(self._datastore_path), *(path for path in labels.glob("*") if path.is_dir()), labels]
+
+    @property
+    def _labels_folder(self) -> Path:
+        return Path(self._datastore.label_path(None))
+
+    def _label_file(self, image_id: str, tag: str) -> Path | None:
+        """Return the file of a label; None if there is none."""
+        label = self._datastore.label(image_id, tag)
+        path = self._labels_folder / tag / f"{image_id}{label.ext}" if label else None
+        return path if path and path.is_file() else None
+
+    def _store_label(self, image_id: str, path: Path, tag: str, info: dict[str, Any]) -> str:
+        """Put a label in place by one rename, after the one it replaces was put aside; then write the index.
+
+        Where one of these fails, as on a full disk, everything is as before.
+        """
+        with as_http_errors():
+            check_space(Path(self._datastore.image_path()), 2 * path.stat().st_size)  # and the one it replaces
+        with self._lock:
+            self._catch_up()
+            self._settle()
+            old, note = self._label_file(image_id, tag), self._note_of(image_id, path, tag, info)
+            note.write(self._labels_folder)
+            kept: Path | None = None
+            try:
+                if old is not None:
+                    replace_by_copy(old, self._labels_folder / note.copy)
+                    kept = self._labels_folder / note.copy
+                replace_by_copy(path, self._labels_folder / note.file)
+                self._settle()
+            except OSError:
+                self._take_back(note, old, kept)
+                raise
+        return image_id
+
+    def _note_of(self, image_id: str, path: Path, tag: str, info: dict[str, Any]) -> LabelNote:
+        """Return what is about to be stored of a label."""
+        entry = self._datastore.objects.get(image_id)
+        if entry is None:
+            raise HTTPException(404, f"There is no image {image_id!r} in the datastore.")
+        ending, old, copy = ending_of(path.name) or path.suffix, entry.labels.get(tag), REPLACED
+        labels = {tag: {"ext": ending, "info": plain({**info, "ts": int(time.time()), "name": image_id + ending})}}
+        if old is not None and tag != DefaultLabelTag.ORIGINAL.value:
+            aside = self._next_version(image_id)
+            labels[aside] = {"ext": old.ext, "info": {**old.info, "replaced_tag": tag}}
+            copy = f"{aside}/{image_id}{old.ext}"
+        return LabelNote(image_id, f"{tag}/{image_id}{ending}", file_sha256(path), labels, copy)
+
+    def _settle(self) -> None:
+        """Let the index say what is so, where a label was being stored: the new one is in place, or the old one is."""
+        folder = self._labels_folder
+        note = LabelNote.read(folder)
+        if note is not None and note.image in self._datastore.objects:
+            if note.is_done(folder):
+                self._complete(note)
+            else:
+                self._abandon(note)
+        _remove(folder / NAME)
+
+    def _complete(self, note: LabelNote) -> None:
+        folder, entry = self._labels_folder, self._datastore.objects[note.image].model_copy(deep=True)
+        for tag, known in note.labels.items():
+            if (folder / tag / (note.image + known["ext"])).is_file():
+                entry.labels[tag] = DataModel(**known)
+        self._store({note.image: entry})
+        target = folder / note.file
+        others = [target.with_name(note.image + ending) for ending in IMAGE_ENDINGS]
+        _remove(folder / REPLACED, *(other for other in others if other != target))
+
+    def _abandon(self, note: LabelNote) -> None:
+        folder, entry = self._labels_folder, self._datastore.objects[note.image]
+        if note.copy:
+            (folder / note.copy).unlink(missing_ok=True)
+        aside = Path(note.copy).parts[0] if note.copy else ""
+        if aside in entry.labels:
+            labels = {tag: label for tag, label in entry.labels.items() if tag != aside}
+            self._store({note.image: ImageLabelModel(image=entry.image, labels=labels)})
+
+    def _take_back(self, note: LabelNote, old: Path | None, kept: Path | None) -> None:
+        """Let the label that was to be replaced be in its place again, by renaming: there may be no room for a copy."""
+        folder = self._labels_folder
+        target = folder / note.file
+        try:
+            if old != target:
+                target.unlink(missing_ok=True)
+            elif kept is not None:
+                kept.replace(target)
+            (folder / note.copy).unlink(missing_ok=True)
+            sync_folder(target.parent)
+            LabelNote.remove(folder)
+        except OSError as error:
+            logger.error("a label of %s that was not stored cannot be taken back: %s", note.image, error)
+
+    def _settle_at_start(self) -> None:
+        """Make good what a server left that was killed; on a full disk the note stays for later."""
+        try:
+            with self._lock:
+                self._settle()
+        except OSError as error:
+            logger.error("the index cannot be written: %s", error)
+
+    def _next_version(self, image_id: str) -> str:
+        labels = self._datastore.objects[image_id].labels
+        numbers = [int(match[1]) for match in map(_VERSION.fullmatch, labels) if match]
+        return f"version_{max(numbers, default=0) + 1}"
+
+
+def ending_of(name: str) -> str:
+    """Return the ending of a volume's file name; empty if it is none."""
+    return next((ending for ending in IMAGE_ENDINGS if name.endswith(ending)), "")
+
+
+def _remove(*paths: Path) -> None:
+    """Remove what is of no use any more; what cannot be removed is no reason to say that something was not stored."""
+    for path in paths:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning("%s is left: %s", path.name, error)
