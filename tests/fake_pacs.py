@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from pydicom.dataset import Dataset
 
-from lib.pacs_client import PacsError, PacsUnreachable
+from lib.pacs_errors import PacsError, PacsUnreachable
 
 
 class FakePacs:
@@ -59,6 +59,13 @@ class FakePacs:
     def instances(self, study: str, series: str) -> list[Dataset]:
         self._asked()
         return self._of(study, series)
+
+    def instance_classes(self, study: str, series: str) -> dict[str, str]:
+        self._asked()
+        return {str(item.SOPInstanceUID): str(item.SOPClassUID) for item in self._of(study, series)}
+
+    def lists(self, study: str, series: str, instance: str) -> bool:
+        return instance in self.instance_classes(study, series)
 
     def any_instance(self, study: str, series: str) -> Dataset:
         self._asked()

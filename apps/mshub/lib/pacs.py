@@ -30,8 +30,9 @@ from pydicom.dataset import Dataset
 
 from lib.datastore import StudiesFolder
 from lib.faults import as_http_errors
-from lib.pacs_client import PacsClient, PacsError, text_of
-from lib.pacs_images import VOLUME, Progress, SeriesFiles, untold
+from lib.pacs_client import PacsClient, text_of
+from lib.pacs_errors import PacsError
+from lib.pacs_images import COUNT, VOLUME, Progress, SeriesFiles, untold
 from lib.pacs_labels import OURS, REFUSED, TAKEN, Finding, PacsLabels, label_facts
 from mshub.card_tables import Channel
 from mshub.cases import ReviewedCase
@@ -59,9 +60,11 @@ UNUSED_S = 3600.0  # a copy somebody asked for within an hour is not swept away
 """How long a request waits for the corrections of others to be taken in; a first time can take minutes."""
 KEPT_HEADERS = 512
 FINAL = str(DefaultLabelTag.FINAL.value)
+SENT = ("SeriesInstanceUID", "SOPInstanceUID")
+"""What a label's info says of the SEG that was made of it last."""
 FACTS = (
     *("StudyInstanceUID", "SeriesInstanceUID", "PatientID", "Modality", "StudyDate", "StudyTime", "StudyDescription"),
-    *("SeriesDescription", "SeriesNumber", "NumberOfSeriesRelatedInstances"),
+    *("SeriesDescription", "SeriesNumber", COUNT),
 )
 
 
@@ -131,7 +134,7 @@ class PacsStudies(StudiesFolder):
         return [
             image
             for image, facts in series.items()
-            if facts.get("NumberOfSeriesRelatedInstances") != "1" and not self.get_label_uri(image, FINAL)
+            if facts.get(COUNT) != "1" and not self.get_label_uri(image, FINAL)
         ]
 
     def status(self) -> dict[str, Any]:
@@ -237,7 +240,7 @@ class PacsStudies(StudiesFolder):
             listed = self._client.series(StudyInstanceUID=study)
             images = [str(item.SeriesInstanceUID) for item in listed if item.get("Modality") in self._modalities]
             headers = {uid: self._headers.get(uid) or self._client.any_instance(study, uid) for uid in images}
-            counts = {str(item.SeriesInstanceUID): item.get("NumberOfSeriesRelatedInstances") for item in listed}
+            counts = {str(item.SeriesInstanceUID): item.get(COUNT) for item in listed}
         for uid, header in headers.items():
             header.NumberOfSeriesRelatedInstances = counts[uid]
         self._headers.update(headers)
@@ -270,7 +273,7 @@ class PacsStudies(StudiesFolder):
 
     def image_state(self, image_id: str) -> str:
         """Return what changes when the series does: its number of images. Nothing is downloaded for it."""
-        return f"{self._facts(image_id).get('NumberOfSeriesRelatedInstances', '')} images"
+        return f"{self._facts(image_id).get(COUNT, '')} images"
 
     def caption(self, image_id: str) -> str:
         """Return patient and description of a series."""
@@ -401,14 +404,24 @@ class PacsStudies(StudiesFolder):
         return listed
 
     def _register(self, listed: Mapping[str, Mapping[str, str]]) -> None:
+        """Take into the index what is new, and what has changed: while the PACS is down, that is what is known."""
         with FileLock(self._lock_file):
-            new = {
-                image: ImageLabelModel(image=DataModel(info={**facts, "name": image + VOLUME}, ext=VOLUME))
+            known = self._datastore.objects
+            new = {image: facts for image, facts in listed.items() if image not in known}
+            changed = {
+                image: facts
                 for image, facts in listed.items()
-                if image not in self._datastore.objects
+                if image in known and not facts.items() <= known[image].image.info.items()
             }
-            if new:
-                self._datastore.objects.update(new)
+            for image, facts in changed.items():
+                known[image].image.info.update(facts)
+            known.update(
+                {
+                    image: ImageLabelModel(image=DataModel(info={**facts, "name": image + VOLUME}, ext=VOLUME))
+                    for image, facts in new.items()
+                }
+            )
+            if new or changed:
                 self._update_datastore_file(lock=False)
 
     def _facts(self, image_id: str) -> dict[str, Any]:
@@ -425,7 +438,7 @@ class PacsStudies(StudiesFolder):
                 with as_http_errors():
                     raise
             logger.warning("%s: the copy on this machine is used: %s", image_id, error)
-            return dict(known.image.info)
+            return {COUNT: str(self._files.count(image_id)), **known.image.info}
         if image_id in self._ambiguous:
             raise HTTPException(
                 409,
@@ -474,15 +487,24 @@ class PacsStudies(StudiesFolder):
             if info["pacs"]["stored"]:  # by another request, meanwhile
                 return
             try:
-                note = self._stored_seg(image_id, info)
+                note = self._arrived(image_id, info) or self._stored_seg(image_id, info)
             except PacsError as error:
-                note = {"stored": False, "waits": True, "message": f"{error} The label is kept here and sent later."}
+                text = f"{error} The label is kept here and sent later."
+                note = {**self.get_label_info(image_id, FINAL)["pacs"], "message": text}
             except (MSHubError, HTTPException) as error:
                 text = error.detail if isinstance(error, HTTPException) else str(error)
                 note = {"stored": False, "waits": False, "message": f"Not stored as DICOM SEG: {text}"}
             if not note["stored"]:
                 logger.warning("%s: %s", image_id, note["message"])
             self.update_label_info(image_id, FINAL, {"pacs": note})
+
+    def _arrived(self, image_id: str, info: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return the note of a label that the PACS has from an attempt of which it was not said how it ended."""
+        sent = {key: info["pacs"].get(key, "") for key in SENT}
+        study = str(self._files.stack(image_id).headers[0].StudyInstanceUID)
+        if not sent["SOPInstanceUID"] or not self._client.lists(study, *sent.values()):
+            return None
+        return {"stored": True, "message": "", **sent}
 
     def _stored_seg(self, image_id: str, info: Mapping[str, Any]) -> dict[str, Any]:
         stack = self._files.stack(image_id)
@@ -494,13 +516,10 @@ class PacsStudies(StudiesFolder):
             facts = label_facts(info, FINAL, self.overrides())
             written = write_seg(path, labels, correction.values, stack, facts)
             self._labels.note(written.series_uid, written.sop_uid, OURS, image_id)  # before anybody can find it there
+            sent = dict(zip(SENT, (written.series_uid, written.sop_uid), strict=True))
+            self.update_label_info(image_id, FINAL, {"pacs": {**info["pacs"], **sent}})
             self._client.store(pydicom.dcmread(path))
-        return {
-            "stored": True,
-            "message": "",
-            "SeriesInstanceUID": written.series_uid,
-            "SOPInstanceUID": written.sop_uid,
-        }
+        return {"stored": True, "message": "", **sent}
 
     def _send_waiting(self) -> None:
         """Send the labels that the PACS could not take, now that it answers."""
