@@ -24,6 +24,10 @@ class FakePacs:
         Positions of instances that it lists and does not send.
     downloads : list of str
         Series it was asked to send.
+    refuses_objects, hangs_up : bool
+        What is stored is refused; is kept, and not answered.
+    counts : bool
+        It says how many instances a series has.
     """
 
     url = "http://127.0.0.1:1/dicom-web"
@@ -32,7 +36,7 @@ class FakePacs:
     def __init__(self, *series: Sequence[Dataset]) -> None:
         self.objects = [instance for one in series for instance in one]
         self.down, self.lost, self.downloads = False, set[int](), list[str]()
-        self.questions, self.refuses_objects = 0, False
+        self.questions, self.refuses_objects, self.hangs_up, self.counts = 0, False, False, True
         self._lock = threading.Lock()
 
     def _asked(self) -> None:
@@ -53,7 +57,8 @@ class FakePacs:
                 listed = found.setdefault(identity, Dataset())
                 for key in ("StudyInstanceUID", "SeriesInstanceUID", "Modality", "PatientID", "SeriesDescription"):
                     setattr(listed, key, item.get(key))
-                listed.NumberOfSeriesRelatedInstances = int(listed.get("NumberOfSeriesRelatedInstances") or 0) + 1
+                if self.counts:
+                    listed.NumberOfSeriesRelatedInstances = int(listed.get("NumberOfSeriesRelatedInstances") or 0) + 1
         return list(found.values())
 
     def instances(self, study: str, series: str) -> list[Dataset]:
@@ -88,3 +93,5 @@ class FakePacs:
         if self.refuses_objects:
             raise PacsError("The PACS did not store the object (FailureReason 272).")
         self.objects.append(dataset)
+        if self.hangs_up:
+            raise PacsUnreachable("The PACS does not answer.")

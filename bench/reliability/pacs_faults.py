@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import json
 import os
 import re
 import sys
@@ -37,8 +38,8 @@ from factories import make_model_folder
 from live import LiveServer
 from mshub.install import add_model
 from mshub.store import ModelStore
-from wrong_pacs import Shelf, WrongPacs
-from wrong_series import KINDS, Case, cases
+from wrong_pacs import JSON, Shelf, Way, WrongPacs, cut, kept_and_cut, kept_silently, not_kept, refused, stalled
+from wrong_series import FOR_EVER, KINDS, PAGE, Case, cases
 
 SILENCE_S = 2.0
 """The time limit of the server in this run (``MSHUB_PACS_TIMEOUT``)."""
@@ -176,7 +177,7 @@ def _tried(place: Hospital, case: Case, outcome: Outcome) -> Iterator[str]:
 def _fetched_before(place: Hospital, case: Case) -> Iterator[str]:
     answer = _patiently(lambda: place.image(case.maker.uid), lambda answer: answer.is_success)
     if not answer.is_success or _voxels(answer).shape[2] != case.before:
-        yield f"the first {case.before} slices: {answer.status_code} {answer.text[:200] if not answer.is_success else ''}"
+        yield f"the first {case.before} slices do not come: {answer.status_code}"
 
 
 def _judged(answer: httpx.Response, case: Case) -> Iterator[str]:
@@ -194,8 +195,11 @@ def _judged(answer: httpx.Response, case: Case) -> Iterator[str]:
 
 
 def _voxels(answer: httpx.Response) -> np.ndarray:
-    content = gzip.decompress(answer.content) if answer.content[:2] == b"\x1f\x8b" else answer.content
-    return np.asanyarray(nib.Nifti1Image.from_bytes(content).dataobj)
+    return np.asanyarray(nib.Nifti1Image.from_bytes(_unzipped(answer.content)).dataobj)
+
+
+def _unzipped(content: bytes) -> bytes:
+    return gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
 
 
 def _well_again(place: Hospital, case: Case) -> Iterator[str]:
@@ -242,12 +246,107 @@ def _asking_for_info(place: Hospital, outcome: Outcome) -> Iterator[None]:
         thread.join()
 
 
-# -- what came of it ------------------------------------------------------------------------------------------------------
+# -- the other way round ----------------------------------------------------------------------------------------------
+
+STORING: dict[str, dict[str, Way]] = {
+    "keeps it": {},
+    "answers 500": {"store": refused(500, FOR_EVER)},
+    "answers 503": {"store": refused(503, FOR_EVER)},
+    "hangs up without keeping it": {"store": cut(lambda reply: 0, "length")},
+    "keeps it and hangs up": {"store": kept_and_cut},
+    "answers 200, failed": {"store": not_kept(200)},
+    "answers 202, failed": {"store": not_kept(202)},
+    "answers 202, failed, with a charset": {"store": not_kept(202, f"{JSON}; charset=utf-8")},
+    "answers 409, failed": {"store": not_kept(409)},
+    "answers 200 with a page to sign in": {"store": not_kept(200, "text/html", PAGE)},
+    "answers 200 with nothing, not kept": {"store": not_kept(200, "", b"")},
+    "answers 200 with nothing, kept": {"store": kept_silently},
+    "answers with nothing, kept, and lists nothing for a while": {
+        "store": kept_silently,
+        "instances": refused(500, FOR_EVER),
+    },
+    "stalls": {"store": stalled(None)},
+}
+
+
+def store_all(place: Hospital, chosen: Iterable[str] = tuple(STORING)) -> dict[str, Outcome]:
+    """Submit a label while the PACS does each of `STORING`; returns what came of each."""
+    found = {name: Outcome(cases=1) for name in chosen}
+    makers = {name: SeriesMaker(f"stored {number}", (14, 11, 5), seed=number) for number, name in enumerate(found)}
+    place.pacs.shelves = {maker.study_uid: Shelf.of(maker.slices()) for maker in makers.values()}
+    place.pacs.misbehave({})
+    for name, maker in makers.items():
+        place.pacs.misbehave({})
+        answer = _patiently(lambda maker=maker: place.image(maker.uid), lambda answer: answer.is_success)
+        place.pacs.misbehave(STORING[name])
+        found[name].wrong += _submitted(place, maker, answer.content, found[name])
+    place.pacs.misbehave({})
+    for name, maker in makers.items():
+        found[name].wrong += _arrived(place, maker)
+    return found
+
+
+def _submitted(place: Hospital, maker: SeriesMaker, image: bytes, outcome: Outcome) -> Iterator[str]:
+    label = nib.Nifti1Image(_drawn(maker), nib.Nifti1Image.from_bytes(_unzipped(image)).affine).to_bytes()
+    params = {"label_info": [{"name": "liver", "idx": 1}], "client_id": "dr"}
+    answer = place.client.put(
+        "/datastore/label",
+        params={"image": maker.uid, "tag": "final"},
+        data={"params": json.dumps(params)},
+        files={"label": ("label.nii", label)},
+    )
+    if not answer.is_success:
+        yield f"refused: {answer.status_code} {answer.text[:200]}"
+    note = _note(place, maker)
+    outcome.whole, outcome.refused = int(note["stored"]), int(not note["stored"])
+    if note["stored"] and not _segs(place, maker):
+        yield f"said to be in the PACS, and is not: {note}"
+    if not note["stored"] and len(note["message"].split()) < 4:
+        yield f"not stored, without a reason: {note}"
+    yield from _still_here(place, maker)
+
+
+def _arrived(place: Hospital, maker: SeriesMaker) -> Iterator[str]:
+    """Yield what is wrong with a label once the PACS has been well again for a while."""
+
+    def ask() -> httpx.Response:
+        return place.client.get("/info/")
+
+    _patiently(ask, lambda answer: bool(_note(place, maker)["stored"]))
+    if not _note(place, maker)["stored"]:
+        yield f"well again, and still not stored: {_note(place, maker)}"
+    if len(_segs(place, maker)) != 1:
+        yield f"{len(_segs(place, maker))} of it are in the PACS"
+    yield from _still_here(place, maker)
+
+
+def _still_here(place: Hospital, maker: SeriesMaker) -> Iterator[str]:
+    answer = place.client.get("/datastore/label", params={"label": maker.uid, "tag": "final"})
+    if not answer.is_success or not np.array_equal(_voxels(answer), _drawn(maker)):
+        yield f"THE LABEL IS LOST: {answer.status_code}"
+
+
+def _drawn(maker: SeriesMaker) -> np.ndarray:
+    array = np.zeros(maker.shape, np.uint8)
+    array[2:6, 3:7, 1:4] = 1
+    return array
+
+
+def _note(place: Hospital, maker: SeriesMaker) -> dict[str, Any]:
+    answer = place.client.get("/datastore/label/info", params={"label": maker.uid, "tag": "final"})
+    return dict(answer.raise_for_status().json()["pacs"])
+
+
+def _segs(place: Hospital, maker: SeriesMaker) -> list[str]:
+    return [one.SOPInstanceUID for one in place.pacs.stored if one.StudyInstanceUID == maker.study_uid]
+
+
+# -- what came of it --------------------------------------------------------------------------------------------------
 
 
 def holds(found: dict[str, Outcome]) -> bool:
-    """Return whether every series came whole or was refused."""
-    return not any(outcome.wrong for outcome in found.values())
+    """Return whether every series came whole or was refused, others were answered meanwhile, and no label was lost."""
+    return not any(outcome.wrong or outcome.slowest_info_s > MOST_INFO_S for outcome in found.values())
 
 
 def report(found: dict[str, Outcome]) -> str:
@@ -261,6 +360,12 @@ def report(found: dict[str, Outcome]) -> str:
     return table(("what the PACS does", "cases", "whole", "refused", "as", "wrong"), rows)
 
 
+def storing_report(stored: dict[str, Outcome]) -> str:
+    """Return a table of what came of each label."""
+    rows = [(name, "stored" if one.whole else "not stored yet", len(one.wrong)) for name, one in stored.items()]
+    return table(("sent a label, the PACS", "what is said of it", "wrong"), rows)
+
+
 def chosen_cases(every: int, kinds: Sequence[str] = tuple(KINDS)) -> Iterator[Case]:
     """Yield every so-manieth case of some kinds of series."""
     for number, kind in enumerate(kinds):
@@ -271,22 +376,25 @@ def main() -> None:
     """Try them all, and end with 1 if a series came with fewer slices, or anything else was wrong."""
     parser = argparse.ArgumentParser(description=re.split(r"\n\n", str(__doc__))[0])
     parser.add_argument("--quick", action="store_true", help=f"every {QUICK}th case")
+    parser.add_argument("--every", type=int, default=1, help="only every so-manieth case")
     parser.add_argument("--kind", choices=KINDS, action="append", help="only this kind of series")
     options = parser.parse_args()
     started = time.monotonic()
     with hospital() as place:
-        found = try_all(place, chosen_cases(QUICK if options.quick else 1, options.kind or tuple(KINDS)))
-    figures = {group: vars(outcome) for group, outcome in found.items()}
+        found = try_all(place, chosen_cases(QUICK if options.quick else options.every, options.kind or tuple(KINDS)))
+        stored = store_all(place)
+    figures = {group: vars(outcome) for group, outcome in {**found, **stored}.items()}
     path = keep(
         "pacs_faults_quick" if options.quick else "pacs_faults",
         {"seconds": round(time.monotonic() - started), "groups": figures},
     )
-    print(report(found))
-    for group, outcome in found.items():
+    print(report(found), storing_report(stored), sep="\n\n")
+    print(f"slowest /info while an answer stalled: {max(one.slowest_info_s for one in found.values()):.2f} s")
+    for group, outcome in {**found, **stored}.items():
         for problem in outcome.wrong[:40]:
             print(f"WRONG {group}: {problem[:400]}")
     print(f"figures: {path}")
-    sys.exit(0 if holds(found) else 1)
+    sys.exit(0 if holds({**found, **stored}) else 1)
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ class WrongPacs:
         self.stored: list[Dataset] = []
         self.asked: list[str] = []
         self.release = threading.Event()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Exchange,), {"pacs": self}))
+        self._server = _Server(("127.0.0.1", 0), type("Handler", (Exchange,), {"pacs": self}))
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}/dicom-web"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
@@ -138,6 +138,8 @@ class WrongPacs:
         if series is None:
             return "series", _json(_page(self._found(study, query.get("Modality")), query))
         shelf = self.shelves.get(study)
+        if shelf and series not in {one.SeriesInstanceUID for one in shelf.listed}:
+            shelf = None
         files = list(shelf.sent) if shelf else [as_file(one) for one in self.stored if one.SeriesInstanceUID == series]
         listed = list(shelf.listed) if shelf else [one for one in self.stored if one.SeriesInstanceUID == series]
         if rest is None:
@@ -160,6 +162,11 @@ class WrongPacs:
             for facts in found
             if modality in (None, facts["00080060"]["Value"][0]) and study in (None, facts["0020000D"]["Value"][0])
         ]
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, *_: Any) -> None:
+        """Say nothing of connections that whoever asked has closed."""
 
 
 class Exchange(BaseHTTPRequestHandler):
@@ -204,7 +211,7 @@ class Exchange(BaseHTTPRequestHandler):
         return self.pacs.stored[-1]
 
     def begin(self, reply: Reply, framing: str = "length", **headers: str) -> None:
-        """Send the head of an answer; `framing`: by its ``length``, ``chunked``, or until the connection is ``closed``."""
+        """Send the head of an answer; `framing`: by its ``length``, ``chunked``, or until it is ``closed``."""
         self.send_response(reply.status)
         if reply.kind:
             self.send_header("Content-Type", reply.kind)

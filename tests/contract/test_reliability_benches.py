@@ -1,16 +1,19 @@
-"""bench/reliability in small: bad files and texts that would be paths, sent to a real server."""
+"""bench/reliability in small: bad files, texts that would be paths and a PACS that misbehaves, for a real server."""
 
 from __future__ import annotations
 
 import sys
+from itertools import islice
 from pathlib import Path
 
 import pytest
 
 import bad_files
+import pacs_faults
 import paths
 from arena import Arena
 from traversals import traversals
+from wrong_series import cases
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="what is looked at is in /proc and told by inotify")
 EVERY = 13
@@ -38,6 +41,17 @@ def test_no_text_reads_or_writes_a_file_outside(tmp_path: Path) -> None:
     assert found["canaries"] > 10
     assert found["requests"] > 1000
     assert paths.holds(found)
+
+
+def test_a_series_comes_whole_from_a_pacs_that_misbehaves_or_is_refused() -> None:
+    every = list(cases("axial, 5"))
+    chosen = [*islice(every, 3, None, 43), next(case for case in every if case.stalls)]
+    with pacs_faults.hospital() as place:
+        found = pacs_faults.try_all(place, chosen)
+    assert [problem for outcome in found.values() for problem in outcome.wrong] == []
+    assert sum(outcome.cases for outcome in found.values()) > 8
+    assert sum(outcome.refused for outcome in found.values()) > 4
+    assert pacs_faults.holds(found), pacs_faults.report(found)
 
 
 def test_the_watch_sees_what_is_opened_and_made(tmp_path: Path) -> None:

@@ -46,7 +46,8 @@ LIBRARY_LAYERS = (
 APP_LAYERS = (
     *("lib.faults", "lib.audit", "lib.free_space", "lib.index_file", "lib.label_note", "lib.janitor", "lib.sessions"),
     *("lib.conf", "lib.activity", "lib.digests", "lib.reviews", "lib.datastore"),
-    *("lib.pacs_client", "lib.pacs_images", "lib.pacs_labels", "lib.pacs", "lib.exports"),
+    *("lib.pacs_session", "lib.pacs_errors", "lib.pacs_client", "lib.pacs_download", "lib.pacs_images"),
+    *("lib.pacs_labels", "lib.pacs", "lib.exports"),
     *("lib.infers", "lib.trainers", "lib.activelearning", "lib.warm_up", "lib.app", "lib.server", "main"),
 )
 PACKAGES = ("mshub", "mshub.nnunet", "mshub.report")  # hold modules, and no code of their own

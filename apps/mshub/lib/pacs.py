@@ -105,7 +105,7 @@ class PacsStudies(StudiesFolder):
         self._listing, self._taking, self._storing = threading.Lock(), threading.Lock(), threading.Lock()
         self._listed: dict[str, dict[str, str]] = {}
         self._listed_until = self._listed_at = self._look_again_at = self._tried_at = float("-inf")
-        self._looking, self._look = threading.Lock(), threading.Thread()
+        self._looking, self._look, self._look_for_until = threading.Lock(), threading.Thread(), float("-inf")
         self._ambiguous: set[str] = set()
         self._headers: MutableMapping[str, Dataset] = LRUCache(KEPT_HEADERS)
         super().__init__(folder, structures, refused, auto_reload=auto_reload, read_only=read_only)
@@ -132,9 +132,7 @@ class PacsStudies(StudiesFolder):
         with as_http_errors():
             series = self._series()
         return [
-            image
-            for image, facts in series.items()
-            if facts.get(COUNT) != "1" and not self.get_label_uri(image, FINAL)
+            image for image, facts in series.items() if facts.get(COUNT) != "1" and not self.get_label_uri(image, FINAL)
         ]
 
     def status(self) -> dict[str, Any]:
@@ -501,10 +499,10 @@ class PacsStudies(StudiesFolder):
     def _arrived(self, image_id: str, info: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return the note of a label that the PACS has from an attempt of which it was not said how it ended."""
         sent = {key: info["pacs"].get(key, "") for key in SENT}
-        study = str(self._files.stack(image_id).headers[0].StudyInstanceUID)
-        if not sent["SOPInstanceUID"] or not self._client.lists(study, *sent.values()):
+        if not sent["SOPInstanceUID"]:
             return None
-        return {"stored": True, "message": "", **sent}
+        study = str(self._files.stack(image_id).headers[0].StudyInstanceUID)
+        return {"stored": True, "message": "", **sent} if self._client.lists(study, *sent.values()) else None
 
     def _stored_seg(self, image_id: str, info: Mapping[str, Any]) -> dict[str, Any]:
         stack = self._files.stack(image_id)
@@ -537,15 +535,16 @@ class PacsStudies(StudiesFolder):
     # -- labels that come from the PACS ---------------------------------------------------------------------------
 
     def _take_in(self) -> None:
-        """Make labels of the SEGs others stored in the PACS; a request waits for it, but not for minutes."""
+        """Make labels of the SEGs others stored in the PACS; its first seconds are waited for, not minutes."""
         with self._looking:
             if not self._look.is_alive():
                 if time.monotonic() < self._look_again_at:
                     return
                 self._look = threading.Thread(target=self._look_for_labels, daemon=True)
                 self._look.start()
-            look = self._look
-        look.join(WAIT_FOR_LABELS_S)
+                self._look_for_until = time.monotonic() + WAIT_FOR_LABELS_S
+            look, left_s = self._look, self._look_for_until - time.monotonic()
+        look.join(max(0.0, left_s))
 
     def _look_for_labels(self, study: str | None = None) -> None:
         """Take in what is new, of one study or of all; a PACS that is down has nothing to give."""

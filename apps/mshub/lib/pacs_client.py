@@ -30,6 +30,7 @@ QUIET_S = 2.0
 PAGE = 500
 AS_STORED = (("application/dicom", "*"),)
 """Any transfer syntax: a PACS that cannot decompress need not."""
+COUNT_TAG = "00201209"  # NumberOfSeriesRelatedInstances
 FIELDS = (
     *("PatientID", "PatientName", "StudyDate", "StudyTime", "StudyDescription", "SeriesDescription"),
     *("NumberOfSeriesRelatedInstances", "SeriesNumber", "SeriesDate", "SeriesTime"),
@@ -81,7 +82,7 @@ class PacsClient:
                 page = self._client.search_for_series(
                     study_instance_uid=study, search_filters=search, fields=FIELDS, limit=PAGE, offset=len(found)
                 )
-                listed = {_identity(item): item for item in map(_dataset, page)}
+                listed = {_identity(item): item for item in map(_series, page)}
             new = {identity: item for identity, item in listed.items() if all(identity) and identity not in found}
             found |= new
             if len(page) < PAGE or not new:  # a PACS that pays no heed to offset sends the same page again
@@ -187,6 +188,13 @@ def _stored(answer: Dataset) -> set[str]:
 
 def _identity(item: Dataset) -> tuple[str, str]:
     return str(item.get("StudyInstanceUID") or ""), str(item.get("SeriesInstanceUID") or "")
+
+
+def _series(item: dict[str, Any]) -> Dataset:
+    """Return what is listed of a series; without its number of instances where that is no number."""
+    count = (item.get(COUNT_TAG) or {}).get("Value") or [""]
+    usable = item if str(count[0]).isdecimal() else {tag: value for tag, value in item.items() if tag != COUNT_TAG}
+    return _dataset(usable)
 
 
 def _dataset(item: dict[str, Any]) -> Dataset:

@@ -27,7 +27,7 @@ class PacsUnreachable(PacsError):
 def pacs_error(url: str, what: str, error: Exception) -> PacsError:
     """Return what to say of an error that came of asking a PACS to do something, such as ``list its series``."""
     if isinstance(error, requests.HTTPError):
-        return PacsError(_refusal(url, what, error.response.status_code))
+        return PacsError(_refusal(url, what, _status(error)))
     if isinstance(error, ChunkedEncodingError):
         return PacsError(
             f"The PACS at {url} was asked to {what} and hung up before the end. Expected: the whole answer. How to "
@@ -52,7 +52,11 @@ def is_silence(error: Exception) -> bool:
 
 def is_busy(error: Exception) -> bool:
     """Return whether a PACS said that it has no time, or has trouble of its own."""
-    return isinstance(error, requests.HTTPError) and error.response.status_code in BUSY
+    return isinstance(error, requests.HTTPError) and _status(error) in BUSY
+
+
+def _status(error: requests.HTTPError) -> int:
+    return error.response.status_code if error.response is not None else 0
 
 
 def _refusal(url: str, what: str, status: int) -> str:

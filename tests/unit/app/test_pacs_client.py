@@ -138,6 +138,22 @@ def test_a_pacs_that_knows_no_pages_is_asked_twice_not_for_ever(
     assert [str(item.SeriesInstanceUID) for item in pacs(sends(one)).series(Modality="CT")] == ["1.2.3"]
 
 
+@pytest.mark.parametrize("count", ["many", "", "-3", "4.5", [], {}])
+def test_a_series_whose_number_of_instances_is_none_hides_no_other(
+    pacs: Callable[[Answer], PacsClient], count: Any
+) -> None:
+    listed = [
+        {
+            "0020000D": {"vr": "UI", "Value": ["1.2"]},
+            "0020000E": {"vr": "UI", "Value": [uid]},
+            "00201209": {"vr": "IS", "Value": [number]},
+        }
+        for uid, number in (("1.2.3", count), ("1.2.4", 7))
+    ]
+    found = pacs(sends(json.dumps(listed).encode())).series(Modality="CT")
+    assert [item.get("NumberOfSeriesRelatedInstances") for item in found] == [None, 7]
+
+
 def test_a_connection_that_was_just_closed_is_opened_again(pacs: Callable[[Answer], PacsClient]) -> None:
     asked: list[int] = []
 
