@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,6 +22,7 @@ from factories import make_image, make_model_folder
 from live import LiveServer
 from mshub.install import add_model
 from mshub.store import ModelStore
+from mshub.users import user_file
 
 ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "bench" / "out" / "reliability"
@@ -37,22 +39,29 @@ class Arena:
     ----------
     folder : Path
         Everything is in it.
+    has_users : bool
+        Somebody has to log in; `token` is an admin's.
+    threads : int
+        Of the computing; 0: as many as the server takes of itself.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, has_users: bool = False, threads: int = 1) -> None:
         self.folder, self.home, self.studies = folder, folder / "home", folder / "studies"
         self.temporary = folder / "tmp"
         self.temporary.mkdir()
         for number, case in enumerate(CASES):
             make_image(self.studies / f"{case}.nii.gz", SHAPE, seed=number)
         add_model(ModelStore(self.home), MODEL, make_model_folder(folder / "model"))
-        before = os.environ.get("TMPDIR")
-        os.environ.update(TMPDIR=str(self.temporary), MSHUB_ENGINE="torch", OMP_NUM_THREADS="1")
-        try:
-            self.server = LiveServer(self.home, ["--studies", str(self.studies)], folder)
-        finally:
-            os.environ.pop("TMPDIR") if before is None else os.environ.update(TMPDIR=before)
+        self.token = self._add_admin() if has_users else ""
+        environment = {"TMPDIR": str(self.temporary), "MSHUB_ENGINE": "torch"}
+        with environment_of({**environment, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}):
+            self.server = LiveServer(self.home, ["--studies", str(self.studies)], folder, probe="/health/live")
         self.process = psutil.Process(self.server._process.pid)
+
+    def _add_admin(self) -> str:
+        users = user_file(self.home)
+        users.add("bench", secrets.token_urlsafe(), "admin")
+        return users.create_token("bench", "reliability", 1)
 
     def forget_peak(self) -> int:
         """Begin to look for the most memory anew; returns what the server has just now, in bytes."""
@@ -74,10 +83,22 @@ class Arena:
 
 
 @contextmanager
-def arena() -> Iterator[Arena]:
+def environment_of(variables: Mapping[str, str]) -> Iterator[None]:
+    """Have some environment variables set for as long as the block runs."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@contextmanager
+def arena(*, has_users: bool = False, threads: int = 1) -> Iterator[Arena]:
     """Yield an `Arena` in a temporary folder; both are gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="mshub-bench-") as folder:
-        opened = Arena(Path(folder))
+        opened = Arena(Path(folder), has_users=has_users, threads=threads)
         try:
             yield opened
         finally:

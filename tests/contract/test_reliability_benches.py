@@ -1,17 +1,22 @@
-"""bench/reliability in small: bad files, texts that would be paths and a PACS that misbehaves, for a real server."""
+"""bench/reliability in small, on a real server: bad files, texts that would be paths, people at work, a wrong PACS."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 import pytest
 
 import bad_files
+import load
 import pacs_faults
 import paths
+import soak
 from arena import Arena
+from pacs_arena import hospital
+from traffic import Journal, Person
 from traversals import traversals
 from wrong_series import cases
 
@@ -46,7 +51,7 @@ def test_no_text_reads_or_writes_a_file_outside(tmp_path: Path) -> None:
 def test_a_series_comes_whole_from_a_pacs_that_misbehaves_or_is_refused() -> None:
     every = list(cases("axial, 5"))
     chosen = [*islice(every, 3, None, 43), next(case for case in every if case.stalls)]
-    with pacs_faults.hospital() as place:
+    with hospital() as place:
         found = pacs_faults.try_all(place, chosen)
     assert [problem for outcome in found.values() for problem in outcome.wrong] == []
     assert sum(outcome.cases for outcome in found.values()) > 8
@@ -68,3 +73,49 @@ def test_the_watch_sees_what_is_opened_and_made(tmp_path: Path) -> None:
     assert {line.split()[0] for line in watch.happened()} >= {"opened", "read", "made", "written"}
     watch.close()
     assert snapshot(tmp_path).keys() - before.keys() == {str(tmp_path / "canary-new")}
+
+
+@pytest.fixture(scope="module")
+def ward(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Arena]:
+    place = Arena(tmp_path_factory.mktemp("ward"), has_users=True)
+    yield place
+    place.server.stop()
+
+
+def test_people_at_work_beside_long_predictions_lose_nothing(ward: Arena) -> None:
+    found = load.measure(ward, clients=3, requests=25, count=2, seconds=1.0)
+    assert found["wrong"] == {}
+    assert found["labels"] > 0 == found["labels_lost"]
+    assert found["requests"] > 75
+    assert found["info_requests"] > 20
+    assert len(found["long_predictions_s"]) == 2
+    assert {row[0] for row in found["latencies"]} >= {"info", "label", "list of images"}
+
+
+def test_a_lost_label_and_an_odd_answer_are_noticed(ward: Arena) -> None:
+    journal = Journal()
+    person = Person(ward.server.url, ward.token, "careful", journal, seed=7)
+    person.begin()
+    person.label()
+    person.label()
+    assert (person.check(), journal.wrong) == (0, [])
+    kept = ward.studies / "labels" / "version_1" / "careful.nii.gz"
+    kept.write_bytes(kept.read_bytes()[:-1])
+    assert person.check() == 1
+    (ward.studies / "labels" / "final" / "careful.nii.gz").write_bytes(kept.read_bytes())
+    person.own_label()
+    assert journal.wrong == ["the label of careful is not the last one submitted"]
+    person.begin()
+    assert journal.wrong[1].startswith("upload: 409")
+
+
+def test_the_soak_samples_what_the_server_holds(ward: Arena) -> None:
+    found = soak.soak(ward, minutes=0.1, every_s=1.0)
+    assert (found["wrong"], found["labels_lost"]) == ({}, 0)
+    assert found["requests"] >= 4
+    assert all(one["rss_mb"] > 100 and one["threads"] > 1 and one["files"] > 5 for one in found["samples"])
+
+
+def test_the_soak_tells_growth_from_noise() -> None:
+    assert soak.growth([50.0, *[100.0, 101.0, 99.0] * 9])["percent"] == 0
+    assert soak.growth([100.0 + minute for minute in range(40)])["percent"] > 5

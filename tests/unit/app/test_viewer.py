@@ -153,6 +153,13 @@ class TestFilesOfTheBuild:
         assert status == 404 or text == PAGE
         assert SECRET not in text
 
+    @pytest.mark.parametrize("name", ["a" * 300, "a" * 5000, "a%00b"])
+    @pytest.mark.parametrize("folder", ["/", "/viewer/extension/"])
+    def test_a_name_that_no_file_can_have_is_not_found(
+        self, build: Path, client: TestClient, folder: str, name: str
+    ) -> None:
+        assert raw(client, folder + name)[0] == 404
+
     @pytest.mark.parametrize("path", ["/index.html", "/sw.js", "/_headers", "/index.html/", "/assets", "/assets/"])
     def test_pages_and_settings_of_the_build_that_are_replaced_are_not_there(
         self, build: Path, client: TestClient, path: str

@@ -125,11 +125,14 @@ class BuildFiles(BaseRoute):
 
 def _inside(folder: Path, path: str) -> Path | None:
     """Return the file at `path` if it truly lies in `folder`, whatever dots and links are on the way."""
-    if "\0" in path or path.startswith(("/", "\\")):
+    if path.startswith(("/", "\\")):
         return None
     root = folder.resolve()
-    file = (root / path).resolve()
-    return file if file.is_relative_to(root) and file.is_file() else None
+    try:
+        file = (root / path).resolve()
+        return file if file.is_relative_to(root) and file.is_file() else None
+    except (OSError, ValueError):  # a name that no file can have
+        return None
 
 
 def _accepted(scope: Scope) -> str:
