@@ -74,6 +74,8 @@ def _identity(dataset: Dataset, series: str) -> str:
 def _write(dataset: Dataset, path: Path) -> None:
     try:
         dataset.save_as(str(path), write_like_original=False)
+    except OSError:  # the disk is full
+        raise
     except Exception as error:  # pydicom promises no exception type for what is damaged
         raise PacsError(
             f"The PACS sent an instance that cannot be stored ({error}). Expected: complete DICOM objects. How to fix: "

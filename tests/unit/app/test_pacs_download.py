@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -107,6 +108,16 @@ def test_another_object_in_place_of_the_last_slice_is_no_series(
     slices = MAKER.slices()
     with pytest.raises(PacsError, match=message):
         fetched(Sender([*slices[:-1], change(slices[-1])]), tmp_path, 6)
+
+
+def test_a_full_disk_is_not_the_pacs_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    slices = MAKER.slices()
+    monkeypatch.setattr(slices[2], "save_as", full)
+    with pytest.raises(OSError, match="No space left"):
+        fetched(Sender(slices), tmp_path)
 
 
 def test_more_than_is_listed_is_no_series_either(tmp_path: Path) -> None:
