@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from pydicom.dataset import Dataset
 
-from lib.pacs_client import PacsError, PacsUnreachable
+from lib.pacs_errors import PacsError, PacsUnreachable
 
 
 class FakePacs:
@@ -24,6 +24,10 @@ class FakePacs:
         Positions of instances that it lists and does not send.
     downloads : list of str
         Series it was asked to send.
+    refuses_objects, hangs_up : bool
+        What is stored is refused; is kept, and not answered.
+    counts : bool
+        It says how many instances a series has.
     """
 
     url = "http://127.0.0.1:1/dicom-web"
@@ -32,7 +36,7 @@ class FakePacs:
     def __init__(self, *series: Sequence[Dataset]) -> None:
         self.objects = [instance for one in series for instance in one]
         self.down, self.lost, self.downloads = False, set[int](), list[str]()
-        self.questions, self.refuses_objects = 0, False
+        self.questions, self.refuses_objects, self.hangs_up, self.counts = 0, False, False, True
         self._lock = threading.Lock()
 
     def _asked(self) -> None:
@@ -53,12 +57,20 @@ class FakePacs:
                 listed = found.setdefault(identity, Dataset())
                 for key in ("StudyInstanceUID", "SeriesInstanceUID", "Modality", "PatientID", "SeriesDescription"):
                     setattr(listed, key, item.get(key))
-                listed.NumberOfSeriesRelatedInstances = int(listed.get("NumberOfSeriesRelatedInstances") or 0) + 1
+                if self.counts:
+                    listed.NumberOfSeriesRelatedInstances = int(listed.get("NumberOfSeriesRelatedInstances") or 0) + 1
         return list(found.values())
 
     def instances(self, study: str, series: str) -> list[Dataset]:
         self._asked()
         return self._of(study, series)
+
+    def instance_classes(self, study: str, series: str) -> dict[str, str]:
+        self._asked()
+        return {str(item.SOPInstanceUID): str(item.SOPClassUID) for item in self._of(study, series)}
+
+    def lists(self, study: str, series: str, instance: str) -> bool:
+        return instance in self.instance_classes(study, series)
 
     def any_instance(self, study: str, series: str) -> Dataset:
         self._asked()
@@ -81,3 +93,5 @@ class FakePacs:
         if self.refuses_objects:
             raise PacsError("The PACS did not store the object (FailureReason 272).")
         self.objects.append(dataset)
+        if self.hangs_up:
+            raise PacsUnreachable("The PACS does not answer.")

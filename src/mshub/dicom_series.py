@@ -284,9 +284,20 @@ def _scans(headers: list[_Header]) -> list[_Header]:
             f"found only DICOM objects that are no scan ({', '.join(others)}), expected a CT, MR or PET image series; "
             "give the series that this object was made from"
         )
+    _check_none_damaged(headers, {_sop_class(dataset) for _, dataset in scans})
     if others:
         logger.info("ignoring DICOM objects that are no scan: %s", ", ".join(others))
     return scans
+
+
+def _check_none_damaged(headers: list[_Header], classes: set[str]) -> None:
+    """Refuse a slice that has lost its size: it would be left out as if it were another object."""
+    for file, dataset in headers:
+        if not _is_scan(dataset) and _sop_class(dataset) in classes:
+            raise CaseError(
+                f"{file.name} has no Rows and Columns, expected both as in the other slices ({_class_name(dataset)}); "
+                "the file is damaged: copy the series again"
+            )
 
 
 def _is_scan(dataset: Any) -> bool:

@@ -1,9 +1,10 @@
-"""bench/reliability in small: bad files, odd texts, people at work, on a real server; what storing costs."""
+"""bench/reliability in small, on a real server: bad files, odd texts, people at work, a wrong PACS; what storing costs."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,15 @@ import pytest
 import bad_files
 import index_cost
 import load
+import pacs_faults
 import paths
 import schema
 import soak
 from arena import Arena
+from pacs_arena import hospital
 from traffic import Journal, Person
 from traversals import traversals
+from wrong_series import cases
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="what is looked at is in /proc and told by inotify")
 EVERY = 13
@@ -67,6 +71,17 @@ def test_what_is_written_to_store_something_does_not_grow_with_the_images(tmp_pa
         assert many[f"{what}_bytes"] < before["index_bytes"] / 50
     assert many["index_bytes"] > 8 * few["index_bytes"]
     assert index_cost.report([few, many, before]).count("\n") == 4
+
+
+def test_a_series_comes_whole_from_a_pacs_that_misbehaves_or_is_refused() -> None:
+    every = list(cases("axial, 5"))
+    chosen = [*islice(every, 3, None, 43), next(case for case in every if case.stalls)]
+    with hospital() as place:
+        found = pacs_faults.try_all(place, chosen)
+    assert [problem for outcome in found.values() for problem in outcome.wrong] == []
+    assert sum(outcome.cases for outcome in found.values()) > 8
+    assert sum(outcome.refused for outcome in found.values()) > 4
+    assert pacs_faults.holds(found), pacs_faults.report(found)
 
 
 def test_the_watch_sees_what_is_opened_and_made(tmp_path: Path) -> None:

@@ -430,6 +430,13 @@ class TestRefusing:
         with pytest.raises(GeometryError, match="found 9 slice positions twice"):
             read_volume(folder)
 
+    @pytest.mark.parametrize("damaged", [0, 4, SLICES - 1])
+    def test_a_slice_that_has_lost_its_size(self, tmp_path, damaged):
+        for k in range(SLICES):
+            write_slice(tmp_path, k, **({"Rows": None} if k == damaged else {}))
+        with pytest.raises(CaseError, match=r"has no Rows and Columns, expected both .*CT Image Storage"):
+            read_volume(tmp_path)
+
     def test_a_localiser_in_the_series(self, tmp_path):
         folder = write_series(tmp_path / "ct")
         write_slice(folder, 0, axes=turned(90, 0), name="scout")

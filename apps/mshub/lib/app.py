@@ -129,7 +129,7 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
 
     def _init_dicomweb_datastore(self) -> Datastore:
         """Return the series of a PACS; it need not be up yet, and nothing else is asked for over the network."""
-        client = PacsClient(self.studies)
+        client = PacsClient(self.studies, self.config.pacs_timeout)
         search = settings.MONAI_LABEL_DICOMWEB_SEARCH_FILTER
         return PacsStudies(
             client,

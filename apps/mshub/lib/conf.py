@@ -45,6 +45,8 @@ class Config:
         Disk for copies of series of the PACS; those used longest ago go first.
     upload_gb : float
         The largest request that is read: an image, or all files of a series.
+    pacs_timeout : float
+        So many seconds a PACS may send nothing while it sends images; a third of it for every other question.
     queue : int
         So many predictions may wait for each device; a further request is answered 503, with when to try again.
     lease_minutes : float
@@ -68,6 +70,7 @@ class Config:
     engine: str = "auto"
     disk_gb: float = 50.0
     upload_gb: float = 8.0
+    pacs_timeout: float = 30.0
     queue: int = 8
     lease_minutes: float = 60.0
     audit_every: int = 5
@@ -107,6 +110,7 @@ class Config:
             images_gb=_number("images_gb", chosen.get("images_gb") or cls.images_gb, "gigabytes", least=0),
             disk_gb=_number("disk_gb", chosen.get("disk_gb") or cls.disk_gb, "gigabytes"),
             upload_gb=_number("upload_gb", chosen.get("upload_gb") or cls.upload_gb, "gigabytes"),
+            pacs_timeout=_number("pacs_timeout", chosen.get("pacs_timeout") or cls.pacs_timeout, "seconds"),
             queue=int(_number("queue", chosen.get("queue") or cls.queue, "predictions", least=0)),
             lease_minutes=_number("lease_minutes", chosen.get("lease_minutes") or cls.lease_minutes, "minutes"),
             audit_every=int(_number("audit_every", chosen.get("audit_every") or cls.audit_every, "choices", least=0)),

@@ -29,8 +29,9 @@ from pydicom.dataset import Dataset
 
 from lib.datastore import StudiesFolder
 from lib.faults import as_http_errors
-from lib.pacs_client import PacsClient, PacsError, text_of
-from lib.pacs_images import VOLUME, Progress, SeriesFiles, untold
+from lib.pacs_client import PacsClient, text_of
+from lib.pacs_errors import PacsError
+from lib.pacs_images import COUNT, VOLUME, Progress, SeriesFiles, untold
 from lib.pacs_labels import OURS, REFUSED, TAKEN, Finding, PacsLabels, label_facts
 from mshub.card_tables import Channel
 from mshub.cases import ReviewedCase
@@ -58,9 +59,11 @@ UNUSED_S = 3600.0  # a copy somebody asked for within an hour is not swept away
 """How long a request waits for the corrections of others to be taken in; a first time can take minutes."""
 KEPT_HEADERS = 512
 FINAL = str(DefaultLabelTag.FINAL.value)
+SENT = ("SeriesInstanceUID", "SOPInstanceUID")
+"""What a label's info says of the SEG that was made of it last."""
 FACTS = (
     *("StudyInstanceUID", "SeriesInstanceUID", "PatientID", "Modality", "StudyDate", "StudyTime", "StudyDescription"),
-    *("SeriesDescription", "SeriesNumber", "NumberOfSeriesRelatedInstances"),
+    *("SeriesDescription", "SeriesNumber", COUNT),
 )
 
 
@@ -101,7 +104,7 @@ class PacsStudies(StudiesFolder):
         self._listing, self._taking, self._storing = threading.Lock(), threading.Lock(), threading.Lock()
         self._listed: dict[str, dict[str, str]] = {}
         self._listed_until = self._listed_at = self._look_again_at = self._tried_at = float("-inf")
-        self._looking, self._look = threading.Lock(), threading.Thread()
+        self._looking, self._look, self._look_for_until = threading.Lock(), threading.Thread(), float("-inf")
         self._ambiguous: set[str] = set()
         self._headers: MutableMapping[str, Dataset] = LRUCache(KEPT_HEADERS)
         super().__init__(folder, structures, refused, auto_reload=auto_reload, read_only=read_only)
@@ -128,9 +131,7 @@ class PacsStudies(StudiesFolder):
         with as_http_errors():
             series = self._series()
         return [
-            image
-            for image, facts in series.items()
-            if facts.get("NumberOfSeriesRelatedInstances") != "1" and not self.get_label_uri(image, FINAL)
+            image for image, facts in series.items() if facts.get(COUNT) != "1" and not self.get_label_uri(image, FINAL)
         ]
 
     def status(self) -> dict[str, Any]:
@@ -236,7 +237,7 @@ class PacsStudies(StudiesFolder):
             listed = self._client.series(StudyInstanceUID=study)
             images = [str(item.SeriesInstanceUID) for item in listed if item.get("Modality") in self._modalities]
             headers = {uid: self._headers.get(uid) or self._client.any_instance(study, uid) for uid in images}
-            counts = {str(item.SeriesInstanceUID): item.get("NumberOfSeriesRelatedInstances") for item in listed}
+            counts = {str(item.SeriesInstanceUID): item.get(COUNT) for item in listed}
         for uid, header in headers.items():
             header.NumberOfSeriesRelatedInstances = counts[uid]
         self._headers.update(headers)
@@ -269,7 +270,7 @@ class PacsStudies(StudiesFolder):
 
     def image_state(self, image_id: str) -> str:
         """Return what changes when the series does: its number of images. Nothing is downloaded for it."""
-        return f"{self._facts(image_id).get('NumberOfSeriesRelatedInstances', '')} images"
+        return f"{self._facts(image_id).get(COUNT, '')} images"
 
     def caption(self, image_id: str) -> str:
         """Return patient and description of a series."""
@@ -403,17 +404,23 @@ class PacsStudies(StudiesFolder):
         return listed
 
     def _register(self, listed: Mapping[str, Mapping[str, str]]) -> None:
-        if listed.keys() <= self._datastore.objects.keys():
+        """Take into the index what is new, and what has changed: while the PACS is down, that is what is known."""
+        if not self._unknown(listed):
             return
         with self._lock:
             self._catch_up()
-            self._take_note(
-                {
-                    image: ImageLabelModel(image=DataModel(info={**facts, "name": image + VOLUME}, ext=VOLUME))
-                    for image, facts in listed.items()
-                    if image not in self._datastore.objects
-                }
-            )
+            self._take_note(self._unknown(listed))
+
+    def _unknown(self, listed: Mapping[str, Mapping[str, str]]) -> dict[str, ImageLabelModel | None]:
+        """Return entries for series the index does not know, or not as the PACS lists them."""
+        known, entries = self._datastore.objects, dict[str, ImageLabelModel | None]()
+        for image, facts in listed.items():
+            if image not in known:
+                entries[image] = ImageLabelModel(image=DataModel(info={**facts, "name": image + VOLUME}, ext=VOLUME))
+            elif not facts.items() <= known[image].image.info.items():
+                entries[image] = known[image].model_copy(deep=True)
+                entries[image].image.info.update(facts)
+        return entries
 
     def _facts(self, image_id: str) -> dict[str, Any]:
         """Return what the PACS says of a series; while it is down, what it said of one there is a copy of."""
@@ -429,7 +436,7 @@ class PacsStudies(StudiesFolder):
                 with as_http_errors():
                     raise
             logger.warning("%s: the copy on this machine is used: %s", image_id, error)
-            return dict(known.image.info)
+            return {COUNT: str(self._files.count(image_id)), **known.image.info}
         if image_id in self._ambiguous:
             raise HTTPException(
                 409,
@@ -472,9 +479,10 @@ class PacsStudies(StudiesFolder):
             if info["pacs"]["stored"]:  # by another request, meanwhile
                 return
             try:
-                note = self._stored_seg(image_id, info)
+                note = self._arrived(image_id, info) or self._stored_seg(image_id, info)
             except (PacsError, OSError) as error:
-                note = {"stored": False, "waits": True, "message": f"{error} The label is kept here and sent later."}
+                text = f"{error} The label is kept here and sent later."
+                note = {**self.get_label_info(image_id, FINAL)["pacs"], "message": text}
             except (MSHubError, HTTPException) as error:
                 text = error.detail if isinstance(error, HTTPException) else str(error)
                 note = {"stored": False, "waits": False, "message": f"Not stored as DICOM SEG: {text}"}
@@ -484,6 +492,14 @@ class PacsStudies(StudiesFolder):
                 self.update_label_info(image_id, FINAL, {"pacs": note})
             except OSError as error:  # the label is stored, and that is what counts
                 logger.error("%s: what became of the label at the PACS is not noted: %s", image_id, error)
+
+    def _arrived(self, image_id: str, info: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return the note of a label that the PACS has from an attempt of which it was not said how it ended."""
+        sent = {key: info["pacs"].get(key, "") for key in SENT}
+        if not sent["SOPInstanceUID"]:
+            return None
+        study = str(self._files.stack(image_id).headers[0].StudyInstanceUID)
+        return {"stored": True, "message": "", **sent} if self._client.lists(study, *sent.values()) else None
 
     def _stored_seg(self, image_id: str, info: Mapping[str, Any]) -> dict[str, Any]:
         stack = self._files.stack(image_id)
@@ -495,13 +511,10 @@ class PacsStudies(StudiesFolder):
             facts = label_facts(info, FINAL, self.overrides())
             written = write_seg(path, labels, correction.values, stack, facts)
             self._labels.note(written.series_uid, written.sop_uid, OURS, image_id)  # before anybody can find it there
+            sent = dict(zip(SENT, (written.series_uid, written.sop_uid), strict=True))
+            self.update_label_info(image_id, FINAL, {"pacs": {**info["pacs"], **sent}})
             self._client.store(pydicom.dcmread(path))
-        return {
-            "stored": True,
-            "message": "",
-            "SeriesInstanceUID": written.series_uid,
-            "SOPInstanceUID": written.sop_uid,
-        }
+        return {"stored": True, "message": "", **sent}
 
     def _send_waiting(self) -> None:
         """Send the labels that the PACS could not take, now that it answers."""
@@ -519,15 +532,16 @@ class PacsStudies(StudiesFolder):
     # -- labels that come from the PACS ---------------------------------------------------------------------------
 
     def _take_in(self) -> None:
-        """Make labels of the SEGs others stored in the PACS; a request waits for it, but not for minutes."""
+        """Make labels of the SEGs others stored in the PACS; its first seconds are waited for, not minutes."""
         with self._looking:
             if not self._look.is_alive():
                 if time.monotonic() < self._look_again_at:
                     return
                 self._look = threading.Thread(target=self._look_for_labels, daemon=True)
                 self._look.start()
-            look = self._look
-        look.join(WAIT_FOR_LABELS_S)
+                self._look_for_until = time.monotonic() + WAIT_FOR_LABELS_S
+            look, left_s = self._look, self._look_for_until - time.monotonic()
+        look.join(max(0.0, left_s))
 
     def _look_for_labels(self, study: str | None = None) -> None:
         """Take in what is new, of one study or of all; a PACS that is down has nothing to give."""

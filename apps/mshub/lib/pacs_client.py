@@ -1,6 +1,7 @@
 """What this server asks a PACS over DICOMweb: which series there are, their files, and to keep a new object.
 
-Every question has a time limit, and none is asked again by itself: a PACS that is down is a sentence within seconds.
+Every question has a time limit: a PACS that is down is a sentence within seconds. Only one that says it has no time is
+asked again, twice and after a pause.
 While it is down, the questions of the next `QUIET_S` seconds (or of as many as the failure took to show) get the same
 sentence at once; then it is tried again.
 """
@@ -10,50 +11,30 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-import requests
-from dicomweb_client.session_utils import create_session_from_user_pass
 from monailabel.config import settings
 from monailabel.datastore.dicom import DICOMwebClientX
 from pydicom.dataset import Dataset
-from pydicom.errors import InvalidDicomError
-from requests.adapters import HTTPAdapter
-from urllib3.exceptions import ProtocolError
 
+from lib.pacs_errors import PacsError, PacsUnreachable, is_busy, is_silence, pacs_error
+from lib.pacs_session import READ_S, pacs_session
 from mshub.errors import MSHubError
 
 logger = logging.getLogger(__name__)
 
-CONNECT_S, READ_S = 3.0, 30.0
-"""How long a connection may take to open, and how long it may be silent while pixels come."""
-ANSWER_S = 10.0
-"""How long a PACS may think about a question that is not for pixels."""
+LIST = "list its series"
 QUIET_S = 2.0
 PAGE = 500
 AS_STORED = (("application/dicom", "*"),)
 """Any transfer syntax: a PACS that cannot decompress need not."""
+COUNT_TAG = "00201209"  # NumberOfSeriesRelatedInstances
 FIELDS = (
     *("PatientID", "PatientName", "StudyDate", "StudyTime", "StudyDescription", "SeriesDescription"),
     *("NumberOfSeriesRelatedInstances", "SeriesNumber", "SeriesDate", "SeriesTime"),
 )
-
-
-class PacsError(MSHubError):
-    """The PACS refused, or answered what cannot be used."""
-
-    code = "pacs"
-    http_status = 502
-
-
-class PacsUnreachable(PacsError):
-    """The PACS does not answer."""
-
-    code = "pacs-unreachable"
-    http_status = 503
 
 
 class PacsClient:
@@ -63,13 +44,15 @@ class PacsClient:
     ----------
     url : str
         Its root, such as ``http://pacs:8042/dicom-web``.
+    silence_s : float
+        How long it may send nothing while pixels come; it has less time for other answers.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, silence_s: float = READ_S) -> None:
         self.url = url.rstrip("/")
         self._client = DICOMwebClientX(
             url=self.url,
-            session=_session(),
+            session=pacs_session(silence_s),
             qido_url_prefix=settings.MONAI_LABEL_QIDO_PREFIX or None,
             wado_url_prefix=settings.MONAI_LABEL_WADO_PREFIX or None,
             stow_url_prefix=settings.MONAI_LABEL_STOW_PREFIX or None,
@@ -77,6 +60,7 @@ class PacsClient:
         self._client.set_http_retry_params(retry=False)
         self._lock = threading.Lock()
         self._problem, self._quiet_until = "", 0.0
+        self._trouble: PacsError | None = None
 
     @property
     def problem(self) -> str:
@@ -94,11 +78,11 @@ class PacsClient:
         found: dict[tuple[str, str], Dataset] = {}
         study = search.pop("StudyInstanceUID", None)
         while True:
-            with self._asking("list its series"):
+            with self._asking(LIST):
                 page = self._client.search_for_series(
                     study_instance_uid=study, search_filters=search, fields=FIELDS, limit=PAGE, offset=len(found)
                 )
-                listed = {_identity(item): item for item in map(_dataset, page)}
+                listed = {_identity(item): item for item in map(_series, page)}
             new = {identity: item for identity, item in listed.items() if all(identity) and identity not in found}
             found |= new
             if len(page) < PAGE or not new:  # a PACS that pays no heed to offset sends the same page again
@@ -118,14 +102,25 @@ class PacsClient:
             uid = str(_dataset(listed[0])["SOPInstanceUID"].value)
             return _dataset(self._client.retrieve_instance_metadata(study, series, uid))
 
+    def instance_classes(self, study: str, series: str) -> dict[str, str]:
+        """Return the instances it lists of a series: SOPInstanceUID -> SOPClassUID; errors as `series`."""
+        found: dict[str, str] = {}
+        while True:
+            with self._asking("list a series"):
+                page = self._client.search_for_instances(study, series, limit=PAGE, offset=len(found))
+                listed = {str(item.SOPInstanceUID): str(item.get("SOPClassUID") or "") for item in map(_dataset, page)}
+            if listed.keys() <= found.keys():  # the end, however many the PACS gives at a time
+                return found
+            found |= listed
+
     def files(self, study: str, series: str) -> Iterator[Dataset]:
         """Yield the instances of a series, as they are stored; errors as `series`."""
-        with self._asking("send a series"):
+        with self._asking("send a series", pixels=True):
             yield from self._client.iter_series(study, series, media_types=AS_STORED)
 
     def instance(self, study: str, series: str, instance: str) -> Dataset:
         """Return one instance with its pixels, as it is stored; errors as `series`."""
-        with self._asking("send an object"):
+        with self._asking("send an object", pixels=True):
             found: Dataset = self._client.retrieve_instance(study, series, instance, media_types=AS_STORED)
             return found
 
@@ -135,7 +130,7 @@ class PacsClient:
         Raises
         ------
         PacsError
-            It does not answer, or does not take the object.
+            It does not answer, or does not take the object: only what it says, or lists, counts.
         """
         with self._asking("store an object"):
             answer = self._client.store_instances([dataset])
@@ -143,126 +138,68 @@ class PacsClient:
         if failed:
             reason = failed[0].get("FailureReason", "no reason given")
             raise PacsError(f"The PACS did not store the object (FailureReason {reason}); see the log of the PACS.")
+        uid = str(dataset.SOPInstanceUID)
+        if uid not in _stored(answer) and not self.lists(dataset.StudyInstanceUID, dataset.SeriesInstanceUID, uid):
+            raise PacsError("The PACS took the object, and does not list it; see the log of the PACS.")
+
+    def lists(self, study: str, series: str, instance: str) -> bool:
+        """Return whether it lists an instance; errors as `series`."""
+        with self._asking("list an object"):
+            named = {"SOPInstanceUID": instance}
+            found = self._client.search_for_instances(study, series, search_filters=named, limit=1)
+            return any(str(_dataset(item).get("SOPInstanceUID")) == instance for item in found)
 
     @contextmanager
-    def _asking(self, what: str) -> Iterator[None]:
+    def _asking(self, what: str, *, pixels: bool = False) -> Iterator[None]:
+        """Translate what goes wrong; a PACS that is not there, or has no time to list its series, is left alone.
+
+        One that stops in the middle of `pixels` is not: the series may be on a slow archive, and others are not.
+        """
         started = time.monotonic()
         with self._lock:
-            if started < self._quiet_until:
-                raise PacsUnreachable(self._problem)
+            if self._trouble and started < self._quiet_until:
+                raise type(self._trouble)(str(self._trouble))
         try:
             yield
-        except (requests.ConnectionError, requests.Timeout) as error:
-            self._problem = (
-                f"The PACS at {self.url} does not answer ({_reason(error)}). Expected: a DICOMweb server. How to fix: "
-                "start it, or correct the address; it is tried again by itself."
-            )
-            with self._lock:
-                now = time.monotonic()
-                self._quiet_until = now + max(QUIET_S, now - started)
-            raise PacsUnreachable(self._problem) from error
-        except requests.HTTPError as error:
-            self._problem = ""
-            raise PacsError(self._refusal(what, error)) from error
-        except (ValueError, KeyError, TypeError, AttributeError, InvalidDicomError, requests.RequestException) as error:
-            raise PacsError(
-                f"The PACS at {self.url} was asked to {what} and sent no DICOMweb answer ({error}). How to fix: "
-                "check that the address ends with the root of its DICOMweb service."
-            ) from error
+        except MSHubError:
+            raise
+        except Exception as error:  # neither pydicom nor the client's library promises types for what is no answer
+            trouble = pacs_error(self.url, what, error)
+            away = isinstance(trouble, PacsUnreachable) and not (pixels and is_silence(error))
+            if away or (what == LIST and is_busy(error)):
+                self._leave_alone(trouble, started)
+            else:
+                self._problem = ""
+            raise trouble from error
         else:
             self._problem = ""
 
-    def _refusal(self, what: str, error: requests.HTTPError) -> str:
-        status = error.response.status_code if error.response is not None else "no status"
-        if status in (401, 403):
-            return (
-                f"The PACS at {self.url} refused this server's credentials (HTTP {status}). How to fix: set "
-                "MONAI_LABEL_DICOMWEB_USERNAME and MONAI_LABEL_DICOMWEB_PASSWORD."
-            )
-        return (
-            f"The PACS at {self.url} was asked to {what} and answered HTTP {status}. How to fix: see the log of the "
-            "PACS, or check that the address ends with the root of its DICOMweb service."
-        )
+    def _leave_alone(self, trouble: PacsError, started: float) -> None:
+        with self._lock:
+            now = time.monotonic()
+            self._trouble, self._problem = trouble, str(trouble)
+            self._quiet_until = now + max(QUIET_S, now - started)
 
 
-class _TimeLimits(HTTPAdapter):
-    """Requests that name no time limit get ours.
-
-    A question sent on a connection that the PACS was just closing, because nothing was said on it for a while, is asked
-    again at once.
-    """
-
-    def send(self, request: Any, **options: Any) -> requests.Response:  # type: ignore[override]
-        told = "json" in (request.headers.get("Accept") or "")
-        options["timeout"] = options.get("timeout") or (CONNECT_S, ANSWER_S if told else READ_S)
-        try:
-            return super().send(request, **options)
-        except requests.ConnectionError as error:
-            if request.method != "GET" or not isinstance(next(iter(error.args), None), ProtocolError):
-                raise
-            return super().send(request, **options)
-
-
-def credentials() -> tuple[str, str] | None:
-    """Return user name and password for the PACS, if this server has been given them."""
-    user, password = settings.MONAI_LABEL_DICOMWEB_USERNAME, settings.MONAI_LABEL_DICOMWEB_PASSWORD
-    return (user, password) if user and password else None
-
-
-def download(
-    client: PacsClient,
-    study: str,
-    series: str,
-    folder: Path,
-    expected: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> None:
-    """Write the files of a series to `folder`, which does not exist yet.
-
-    Raises
-    ------
-    PacsError
-        The PACS does not answer, or sends fewer instances than it lists (`expected`; 0 if it does not say).
-    """
-    folder.mkdir(parents=True)
-    uids: set[str] = set()
-    for number, dataset in enumerate(client.files(study, series), 1):
-        uids.add(str(dataset.SOPInstanceUID))
-        dataset.save_as(str(_file_of(dataset, folder, number)), write_like_original=False)
-        progress(number, expected)
-    if len(uids) < expected:
-        raise PacsError(
-            f"The PACS lists {expected} instances of the series {series} and sent {len(uids)}. Expected: all of them. "
-            "How to fix: try again; if it stays so, look for damaged instances in the PACS."
-        )
+def _stored(answer: Dataset) -> set[str]:
+    """Return the objects an answer to storing says are stored."""
+    return {str(item.get("ReferencedSOPInstanceUID")) for item in answer.get("ReferencedSOPSequence") or []}
 
 
 def _identity(item: Dataset) -> tuple[str, str]:
     return str(item.get("StudyInstanceUID") or ""), str(item.get("SeriesInstanceUID") or "")
 
 
+def _series(item: dict[str, Any]) -> Dataset:
+    """Return what is listed of a series; without its number of instances where that is no number."""
+    count = (item.get(COUNT_TAG) or {}).get("Value") or [""]
+    usable = item if str(count[0]).isdecimal() else {tag: value for tag, value in item.items() if tag != COUNT_TAG}
+    return _dataset(usable)
+
+
 def _dataset(item: dict[str, Any]) -> Dataset:
     """Return DICOM JSON as a data set; what it only gives the address of, such as pixels, is left out."""
     return Dataset.from_json(item, bulk_data_uri_handler=lambda *_: None)
-
-
-def _file_of(dataset: Dataset, folder: Path, number: int) -> Path:
-    """Return the file to write an instance to, by the number people know it by: messages name it."""
-    name = f"image {dataset.get('InstanceNumber')}"
-    path = folder / name
-    return path if name.removeprefix("image ").isdecimal() and not path.exists() else folder / f"file {number}"
-
-
-def _session() -> requests.Session:
-    known = credentials()
-    session = create_session_from_user_pass(*known) if known else requests.Session()
-    for scheme in ("http://", "https://"):
-        session.mount(scheme, _TimeLimits(pool_maxsize=16))
-    return session
-
-
-def _reason(error: Exception) -> str:
-    return "it took too long" if isinstance(error, requests.Timeout) else "no connection"
 
 
 def text_of(dataset: Dataset, keywords: Sequence[str]) -> dict[str, str]:

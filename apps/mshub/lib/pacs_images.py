@@ -20,7 +20,8 @@ from pathlib import Path
 
 import pydicom
 
-from lib.pacs_client import PacsClient, download
+from lib.pacs_client import PacsClient
+from lib.pacs_download import download
 from mshub.channel_series import resample_to
 from mshub.dicom_series import SeriesStack, read_series, read_stack
 from mshub.geometry import same_grid
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 VOLUME = ".nii"
+COUNT = "NumberOfSeriesRelatedInstances"
 
 
 def untold(done: int, total: int) -> None:
@@ -49,6 +51,7 @@ class SeriesFiles:
         self.folder, self._client = folder, client
         self._locks: dict[str, threading.Lock] = defaultdict(threading.Lock)
         self._asked_for: dict[str, float] = {}
+        self._said: dict[str, int] = {}  # how many instances a series had, by the PACS, when it was fetched
 
     @property
     def pending(self) -> Path:
@@ -60,11 +63,14 @@ class SeriesFiles:
         return self.folder / f"{series}{VOLUME}"
 
     def has(self, series: str, instances: int = 0) -> bool:
-        """Return whether there is a copy, of as many instances as the PACS lists (0 if it does not say)."""
+        """Return whether there is a copy, of as many instances as the PACS says (0: of any number)."""
+        found = self.count(series)
+        return found > 0 and (not instances or instances in (found, self._said.get(series)))
+
+    def count(self, series: str) -> int:
+        """Return how many instances the copy of a series has; 0 if there is none."""
         headers = self._headers(series)
-        if not (self.path(series).is_file() and headers.is_dir()):
-            return False
-        return not instances or len(list(headers.iterdir())) == instances
+        return len(list(headers.iterdir())) if self.path(series).is_file() and headers.is_dir() else 0
 
     def fetch(self, facts: Mapping[str, str], progress: Progress = untold) -> Path:
         """Return the volume of a series, downloading it first where there is no copy or the PACS has more slices now.
@@ -72,22 +78,25 @@ class SeriesFiles:
         Parameters
         ----------
         facts : mapping
-            ``SeriesInstanceUID``, ``StudyInstanceUID`` and, if known, ``NumberOfSeriesRelatedInstances``.
+            ``SeriesInstanceUID``, ``StudyInstanceUID`` and `COUNT`, without which the PACS is asked for its instances.
         progress : callable
             Told the instances downloaded and in all.
 
         Raises
         ------
         PacsError
-            The PACS does not answer, or sends less than it lists.
+            The PACS does not answer, or sends anything else than it lists.
         CaseError, GeometryError
             The series is no regular volume; nothing of it is kept.
         """
-        series, listed = facts["SeriesInstanceUID"], int(facts.get("NumberOfSeriesRelatedInstances") or 0)
+        series, study, said = facts["SeriesInstanceUID"], facts["StudyInstanceUID"], _number(facts.get(COUNT))
         with self._locks[series]:
             self._asked_for[series] = time.monotonic()
-            if not self.has(series, listed):
-                self._fetch(facts["StudyInstanceUID"], series, listed, progress)
+            if not said and self.has(series):
+                said = len(self._client.instance_classes(study, series))
+            if not self.has(series, said):
+                self._fetch(study, series, said, progress)
+                self._said[series] = said
         return self.path(series)
 
     def copies(self) -> set[str]:
@@ -169,6 +178,11 @@ class SeriesFiles:
         finally:
             shutil.rmtree(work, ignore_errors=True)
         logger.info("%s: fetched from the PACS, %d x %d x %d voxels", series, *volume.grid.shape_xyz)
+
+
+def _number(text: str | None) -> int:
+    """Return a count of instances; 0 for what is none."""
+    return int(text) if text and text.isdecimal() else 0
 
 
 def _drop_pixels(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,61 @@ def test_a_series_with_a_gap_is_refused_and_one_that_grew_is_fetched_again(open_
     assert nib.load(pacs.get_image_uri(MAKER.uid)).shape[2] == 18
 
 
+@pytest.mark.parametrize("lost", [0, 5, 17])
+@pytest.mark.parametrize("counts", [True, False], ids=["counted", "not counted"])
+def test_the_copy_of_a_series_that_grew_is_used_no_more_even_if_the_rest_does_not_come(
+    open_pacs: Any, counts: bool, lost: int
+) -> None:
+    slices = MAKER.slices()
+    remote = FakePacs(slices[:12])
+    remote.counts = counts
+    pacs = open_pacs(remote)
+    assert nib.load(pacs.get_image_uri(MAKER.uid)).shape[2] == 12
+    remote.objects, remote.lost = slices, {lost}
+    for _ in range(2):
+        with pytest.raises(HTTPException, match=r"lists 18 instances .* sent 17"):
+            pacs.get_image_uri(MAKER.uid)
+    remote.lost = set()
+    assert nib.load(pacs.get_image_uri(MAKER.uid)).shape[2] == 18
+
+
+def test_while_the_pacs_is_down_a_copy_counts_only_if_it_has_all_that_was_listed_last(open_pacs: Any) -> None:
+    slices = MAKER.slices()
+    remote = FakePacs(slices[:12])
+    pacs = open_pacs(remote)
+    pacs.get_image_uri(MAKER.uid)
+    remote.objects = slices
+    pacs.list_images()
+    remote.down = True
+    for opened in (pacs, open_pacs(remote)):
+        with pytest.raises(HTTPException, match="does not answer"):
+            opened.get_image_uri(MAKER.uid)
+    remote.down = False
+    pacs.get_image_uri(MAKER.uid)
+    remote.down = True
+    for opened in (pacs, open_pacs(remote)):
+        assert nib.load(opened.get_image_uri(MAKER.uid)).shape[2] == 18
+
+
+def test_a_pacs_that_counts_nothing_may_be_down_too_and_one_that_miscounts_sends_a_series_once(
+    open_pacs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = FakePacs(MAKER.slices())
+    remote.counts = False
+    pacs = open_pacs(remote)
+    pacs.get_image_uri(MAKER.uid)
+    remote.down = True
+    assert nib.load(pacs.get_image_uri(MAKER.uid)).shape == MAKER.shape
+    miscounting = FakePacs(MAKER.slices())
+    listed = miscounting.series()
+    listed[0].NumberOfSeriesRelatedInstances = 17
+    monkeypatch.setattr(miscounting, "series", lambda **search: listed if search["Modality"] == "CT" else [])
+    again = open_pacs(miscounting)
+    paths = {again.get_image_uri(MAKER.uid) for _ in range(3)}
+    assert [nib.load(path).shape for path in paths] == [MAKER.shape]
+    assert len(miscounting.downloads) == 1
+
+
 @pytest.mark.parametrize("series", ["1.2.3", "../x", "1.2/../../x", "", "a", "1" * 65, "1..2", "١.٢"])
 def test_what_the_pacs_does_not_have_is_a_404(open_pacs: Any, series: str) -> None:
     with pytest.raises(HTTPException) as caught:
@@ -210,6 +266,19 @@ def test_a_full_disk_after_a_label_was_stored_is_no_reason_to_say_it_was_not(
     assert again.get_label_info(MAKER.uid, "final")["pacs"]["stored"]
 
 
+def test_a_label_that_the_pacs_kept_without_an_answer_is_not_sent_twice(open_pacs: Any, label: Path) -> None:
+    remote = FakePacs(MAKER.slices())
+    pacs = open_pacs(remote)
+    remote.hangs_up = True
+    pacs.save_label(MAKER.uid, str(label), "final", LABEL_INFO)
+    assert not pacs.get_label_info(MAKER.uid, "final")["pacs"]["stored"]
+    remote.hangs_up = False
+    again = open_pacs(remote)
+    again.list_images()
+    stored = [item.SOPInstanceUID for item in remote.objects if item.Modality == "SEG"]
+    assert [again.get_label_info(MAKER.uid, "final")["pacs"]["SOPInstanceUID"]] == stored
+
+
 def test_a_label_whose_series_was_never_here_is_kept_aside_while_the_pacs_is_down(
     open_pacs: Any, label: Path, tmp_path: Path
 ) -> None:
@@ -233,6 +302,22 @@ def test_what_the_pacs_will_never_take_is_said_and_not_sent_again(open_pacs: Any
     assert not note["waits"]
     pacs.list_images()
     assert not [item for item in remote.objects if item.Modality == "SEG"]
+
+
+def test_only_the_first_seconds_of_a_long_look_for_labels_are_waited_for(
+    open_pacs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pacs_module, "WAIT_FOR_LABELS_S", 0.3)
+    pacs, over = open_pacs(FakePacs(MAKER.slices())), threading.Event()
+    monkeypatch.setattr(pacs, "_look_for_labels", over.wait)
+    seconds = []
+    for _ in range(3):
+        started = time.monotonic()
+        pacs.status()
+        seconds.append(time.monotonic() - started)
+    over.set()
+    assert seconds[0] >= 0.3
+    assert max(seconds[1:]) < 0.2
 
 
 def test_segs_of_others_become_labels_the_newest_final_and_each_once(

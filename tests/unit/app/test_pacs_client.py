@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from itertools import pairwise
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
 from dicom_series_factory import SeriesMaker
-from lib import pacs_client
-from lib.pacs_client import PacsClient, PacsError, PacsUnreachable, download
+from lib import pacs_client, pacs_session
+from lib.pacs_client import PacsClient
+from lib.pacs_errors import PacsError, PacsUnreachable
 
 pytestmark = pytest.mark.usefixtures("monailabel_here")
 Answer = Callable[[BaseHTTPRequestHandler], None]
@@ -24,11 +28,14 @@ def pacs() -> Iterator[Callable[[Answer], PacsClient]]:
     """Return a function that starts a server which answers every GET as told."""
     servers: list[ThreadingHTTPServer] = []
 
-    def started(answer: Answer) -> PacsClient:
+    def started(answer: Answer, **options: float) -> PacsClient:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
+                answer(self)
+
+            def do_POST(self) -> None:
                 answer(self)
 
             def log_message(self, *_: Any) -> None:
@@ -36,7 +43,7 @@ def pacs() -> Iterator[Callable[[Answer], PacsClient]]:
 
         servers.append(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
         threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
-        return PacsClient(f"http://127.0.0.1:{servers[-1].server_port}/dicom-web")
+        return PacsClient(f"http://127.0.0.1:{servers[-1].server_port}/dicom-web", **options)
 
     yield started
     for server in servers:
@@ -67,9 +74,8 @@ def test_nobody_there_is_a_sentence_at_once_and_the_next_question_is_not_even_as
 
 
 def test_a_pacs_that_says_nothing_is_given_up_and_left_alone_for_as_long_as_that_took(
-    pacs: Callable[[Answer], PacsClient], monkeypatch: pytest.MonkeyPatch
+    pacs: Callable[..., PacsClient], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pacs_client, "ANSWER_S", 0.3)
     monkeypatch.setattr(pacs_client, "QUIET_S", 0.1)
     asked: list[float] = []
 
@@ -77,7 +83,7 @@ def test_a_pacs_that_says_nothing_is_given_up_and_left_alone_for_as_long_as_that
         asked.append(time.monotonic())
         time.sleep(1.0)
 
-    client = pacs(silent)
+    client = pacs(silent, silence_s=0.9)
     for _ in range(3):
         with pytest.raises(PacsUnreachable, match="took too long"):
             client.series(Modality="CT")
@@ -132,20 +138,20 @@ def test_a_pacs_that_knows_no_pages_is_asked_twice_not_for_ever(
     assert [str(item.SeriesInstanceUID) for item in pacs(sends(one)).series(Modality="CT")] == ["1.2.3"]
 
 
-def test_images_are_written_under_the_numbers_people_know(tmp_path: Path) -> None:
-    slices = SeriesMaker("numbered", shape=(4, 4, 3)).slices()
-    slices[1].InstanceNumber = slices[0].InstanceNumber
-
-    class Client:
-        def files(self, study: str, series: str) -> list[Any]:
-            return slices
-
-    told: list[tuple[int, int]] = []
-    download(Client(), "1", "2", tmp_path / "series", 3, lambda *done: told.append(done))  # type: ignore[arg-type]
-    assert {path.name for path in (tmp_path / "series").iterdir()} == {"image 3", "file 2", "image 1"}
-    assert told == [(1, 3), (2, 3), (3, 3)]
-    with pytest.raises(PacsError, match="lists 4 instances of the series 2 and sent 3"):
-        download(Client(), "1", "2", tmp_path / "again", 4)  # type: ignore[arg-type]
+@pytest.mark.parametrize("count", ["many", "", "-3", "4.5", [], {}])
+def test_a_series_whose_number_of_instances_is_none_hides_no_other(
+    pacs: Callable[[Answer], PacsClient], count: Any
+) -> None:
+    listed = [
+        {
+            "0020000D": {"vr": "UI", "Value": ["1.2"]},
+            "0020000E": {"vr": "UI", "Value": [uid]},
+            "00201209": {"vr": "IS", "Value": [number]},
+        }
+        for uid, number in (("1.2.3", count), ("1.2.4", 7))
+    ]
+    found = pacs(sends(json.dumps(listed).encode())).series(Modality="CT")
+    assert [item.get("NumberOfSeriesRelatedInstances") for item in found] == [None, 7]
 
 
 def test_a_connection_that_was_just_closed_is_opened_again(pacs: Callable[[Answer], PacsClient]) -> None:
@@ -160,3 +166,95 @@ def test_a_connection_that_was_just_closed_is_opened_again(pacs: Callable[[Answe
 
     assert pacs(closing_once).series(Modality="CT") == []
     assert len(asked) == 2
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_busy_pacs_is_asked_again_after_a_pause_and_not_for_ever(
+    pacs: Callable[[Answer], PacsClient], monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    monkeypatch.setattr(pacs_session, "PAUSES_S", (0.05, 0.1))
+    asked: list[float] = []
+
+    def busy(times: int) -> Answer:
+        def answer(handler: BaseHTTPRequestHandler) -> None:
+            asked.append(time.monotonic())
+            (sends(b"busy", "text/plain", status) if len(asked) <= times else sends(b"[]"))(handler)
+
+        return answer
+
+    assert pacs(busy(2)).series(Modality="CT") == []
+    assert [after - before >= 0.05 for before, after in pairwise(asked)] == [True, True]
+    asked.clear()
+    client = pacs(busy(1000))
+    for _ in range(3):
+        with pytest.raises(PacsError, match=f"HTTP {status}"):
+            client.series(Modality="CT")
+    assert len(asked) == 3  # the next questions get the same sentence at once
+
+
+def test_a_series_that_stalls_does_not_keep_others_from_being_asked_for(pacs: Callable[..., PacsClient]) -> None:
+    def slow_archive(handler: BaseHTTPRequestHandler) -> None:
+        if handler.path.endswith("/series/1.3"):
+            time.sleep(1.0)
+        else:
+            sends(b"[]")(handler)
+
+    client = pacs(slow_archive, silence_s=0.3)
+    with pytest.raises(PacsUnreachable, match="took too long"):
+        list(client.files("1.2", "1.3"))
+    assert client.series(Modality="CT") == []
+
+
+def test_an_answer_that_ends_early_is_called_that(pacs: Callable[[Answer], PacsClient]) -> None:
+    def cut(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Type", 'multipart/related; type="application/dicom"; boundary=b')
+        handler.send_header("Content-Length", "1000")
+        handler.end_headers()
+        handler.wfile.write(b"--b\r\n")
+        handler.close_connection = True
+
+    with pytest.raises(PacsError, match="hung up before the end"):
+        list(pacs(cut).files("1.2", "1.3"))
+
+
+def test_all_instances_are_listed_however_many_the_pacs_gives_at_a_time(pacs: Callable[[Answer], PacsClient]) -> None:
+    uids = [f"1.2.{number}" for number in range(7)]
+
+    def in_pages(handler: BaseHTTPRequestHandler) -> None:
+        first = int(parse_qs(urlsplit(handler.path).query).get("offset", ["0"])[0])
+        page = [{"00080018": {"vr": "UI", "Value": [uid]}} for uid in uids[first : first + 3]]
+        sends(json.dumps(page).encode())(handler)
+
+    assert list(pacs(in_pages).instance_classes("1.2", "1.3")) == uids
+
+
+STORED = {"00081199": {"vr": "SQ", "Value": [{"00081155": {"vr": "UI", "Value": ["1.2.9"]}}]}}
+FAILED = {"00081198": {"vr": "SQ", "Value": [{"00081197": {"vr": "US", "Value": [272]}}]}}
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "said", "listed", "stored"),
+    [
+        (200, "application/dicom+json", STORED, False, True),
+        (202, "application/dicom+json", FAILED, False, False),
+        (202, "application/dicom+json; charset=utf-8", FAILED, False, False),
+        (409, "application/dicom+json", FAILED, False, False),
+        (200, "text/html", "<html></html>", False, False),
+        (200, "text/html", "<html></html>", True, True),
+    ],
+)
+def test_what_the_pacs_neither_confirms_nor_lists_is_not_stored(
+    pacs: Callable[[Answer], PacsClient], status: int, kind: str, said: Any, listed: bool, stored: bool
+) -> None:
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        if handler.command == "POST":
+            handler.rfile.read(int(handler.headers["Content-Length"]))
+            sends(json.dumps(said).encode(), kind, status)(handler)
+        else:
+            sends(json.dumps([{"00080018": {"vr": "UI", "Value": ["1.2.9"]}}] if listed else []).encode())(handler)
+
+    seg = SeriesMaker("stored").slices()[0]
+    seg.SOPInstanceUID = "1.2.9"
+    with nullcontext() if stored else pytest.raises(PacsError):
+        pacs(answer).store(seg)

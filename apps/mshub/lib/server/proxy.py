@@ -17,7 +17,7 @@ from fastapi.responses import Response, StreamingResponse
 from monailabel.config import settings
 from starlette.background import BackgroundTask
 
-from lib.pacs_client import CONNECT_S, READ_S, credentials
+from lib.pacs_session import CONNECT_S, READ_S, credentials
 
 logger = logging.getLogger(__name__)
 
