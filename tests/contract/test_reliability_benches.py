@@ -1,4 +1,4 @@
-"""bench/reliability in small, on a real server: bad files, odd texts, people at work, a wrong PACS; what storing costs."""
+"""bench/reliability in small: bad files, odd texts, people at work and a wrong PACS; what storing costs."""
 
 from __future__ import annotations
 

@@ -418,8 +418,9 @@ class PacsStudies(StudiesFolder):
             if image not in known:
                 entries[image] = ImageLabelModel(image=DataModel(info={**facts, "name": image + VOLUME}, ext=VOLUME))
             elif not facts.items() <= known[image].image.info.items():
-                entries[image] = known[image].model_copy(deep=True)
-                entries[image].image.info.update(facts)
+                entry = known[image].model_copy(deep=True)
+                entry.image.info.update(facts)
+                entries[image] = entry
         return entries
 
     def _facts(self, image_id: str) -> dict[str, Any]:
