@@ -16,9 +16,10 @@ from starlette.routing import Match, Route
 from lib.server import asgi
 from lib.server.health import Health
 from lib.server.in_threads import in_threads, plain
+from lib.server.login import Login
 from lib.server.permissions import PERMITTED
 
-WAITING = {asgi.proxy, Health.live}
+WAITING = {asgi.proxy, Health.live, Login.begin_sign_on, Login.finish_sign_on}
 """Handlers that await what takes time, or do nothing."""
 
 
