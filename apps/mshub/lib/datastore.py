@@ -290,8 +290,8 @@ class StudiesFolder(LabelFolder):
         images = set(self._known_images())
         for case in sorted(patients.keys() - images):
             self._warn_once(f"{PATIENTS} names {case}, which is no image here")
-        tag, structures = DefaultLabelTag.FINAL.value, self.structures()
-        labelled = sorted(image for image in images if self.get_label_uri(image, tag))
+        tag, structures, known = DefaultLabelTag.FINAL.value, self.structures(), self._datastore.objects
+        labelled = sorted(image for image in images if image in known and tag in known[image].labels)
         cases = [self._reviewed_case(image, channels, patients, structures) for image in labelled]
         return [case for case in cases if case is not None]
 

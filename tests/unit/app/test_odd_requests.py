@@ -8,6 +8,7 @@ import re
 import tempfile
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -124,18 +125,14 @@ def test_labelled_images_are_downloaded_and_leave_nothing(
     assert [path for path in (tmp_path / "tmp").rglob("*") if path.is_file()] == []
 
 
-def test_the_folder_is_looked_at_while_images_come_and_go(clinic: MSHubApp, monkeypatch: pytest.MonkeyPatch) -> None:
-    store, exists = clinic.datastore(), Path.exists
-    objects = store._datastore.objects
-
-    def meanwhile(path: Path) -> bool:
-        objects[f"new{len(objects)}"] = objects["a"].model_copy()
-        return exists(path)
-
-    monkeypatch.setattr(Path, "exists", meanwhile)
-    store._remove_non_existing()
-    monkeypatch.undo()
-    store.refresh()
+def test_the_folder_is_looked_at_while_images_come_and_go(clinic: MSHubApp, tmp_path: Path) -> None:
+    store = clinic.datastore()
+    with ThreadPoolExecutor(3) as pool:
+        looking = [pool.submit(lambda: [(store.refresh(), store.list_images()) for _ in range(40)]) for _ in range(2)]
+        for number in range(20):
+            store.add_image(f"new{number}", store.get_image_uri("a"), {})
+            store.remove_image(f"new{number}")
+        assert all(len(one.result()) == 40 for one in looking)
     assert sorted(store.list_images()) == ["a", "b", "mr"]
 
 

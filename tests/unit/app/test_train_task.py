@@ -94,6 +94,25 @@ def test_every_option_can_be_sent_back_as_it_is(trainer: NNUNetTrainTask) -> Non
         assert TrainOptions.parse(options, Config(home=Path())).recipe == Recipe()
 
 
+def test_where_counting_cases_takes_long_info_does_not_count_them_each_time(
+    clinic: MSHubApp, review: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def counted() -> int:
+        return clinic.info()["trainers"]["tiny"]["mshub"]["reviewed_cases"]
+
+    review("a", "liver")
+    assert counted() == 1
+    review("b", "liver")
+    assert counted() == 2, "what is quick is counted each time"
+    monkeypatch.setattr("lib.trainers.trainings.SLOW_S", 0.0)
+    monkeypatch.setattr("lib.trainers.trainings.SHARE_OF_COUNTING", 1e-6)
+    assert counted() == 2
+    clinic.datastore().remove_label("b", "final")
+    assert counted() == 2
+    monkeypatch.setattr("lib.trainers.trainings.SHARE_OF_COUNTING", 1e6)
+    assert counted() == 1
+
+
 def test_info_counts_the_cases_that_fit_and_those_no_version_has_seen(
     clinic: MSHubApp, review: Callable[..., None], publish: Callable[..., None]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,9 @@ from mshub.jobs import Job, Jobs
 
 logger = logging.getLogger(__name__)
 
+SLOW_S = 0.1
+SHARE_OF_COUNTING = 0.05
+"""At most so much of the time is spent on counting cases, where that is slow."""
 Trainers = Mapping[str, NNUNetTrainTask]
 
 
@@ -35,6 +39,7 @@ class Trainings:
 
     def __init__(self, jobs: Jobs, config: Config) -> None:
         self._jobs, self._config = jobs, config
+        self._counted: _Cases | None = None
 
     # -- what there is ------------------------------------------------------------------------------------------
 
@@ -46,11 +51,18 @@ class Trainings:
         if not trainers:
             return {}
         try:
-            cases = _Cases(datastore)
+            cases = self._recent_cases(datastore)
             return {model: trainer.info(cases.of(trainer)) for model, trainer in trainers.items()}
         except (MSHubError, OSError) as error:
             logger.warning("reviewed cases cannot be counted: %s", error)
             return {model: {**trainer.info(), "mshub": {"problem": str(error)}} for model, trainer in trainers.items()}
+
+    def _recent_cases(self, datastore: Datastore) -> _Cases:
+        """Return the reviewed cases, for a while those of before if there are many: viewers ask all the time."""
+        counted = self._counted
+        if counted is None or not counted.are_recent():
+            counted = self._counted = _Cases(datastore)
+        return counted
 
     def stats(self, trainers: Trainers) -> dict[str, Any]:
         """Return the statistics by model: first the trainer at work, or else the one that was at work last.
@@ -161,13 +173,20 @@ class _Cases:
     def __init__(self, datastore: Datastore) -> None:
         self._studies = studies_of(datastore)
         self._known: dict[tuple[Channel, ...], list[ReviewedCase]] = {}
+        self._began, self._took_s = time.monotonic(), 0.0
 
     def of(self, trainer: NNUNetTrainTask) -> list[ReviewedCase]:
         """Return the cases one model may learn from."""
         channels = trainer.channels() if len(trainer.channels()) > 1 else ()
         if channels not in self._known:
+            began = time.monotonic()
             self._known[channels] = self._studies.reviewed_cases(channels)
+            self._took_s += time.monotonic() - began
         return self._known[channels]
+
+    def are_recent(self) -> bool:
+        """Return whether to gather them anew would take too much of the time, as some thousand do."""
+        return self._took_s > SLOW_S and time.monotonic() - self._began < self._took_s / SHARE_OF_COUNTING
 
 
 def _task(job: Job, opened: list[Job]) -> dict[str, Any]:
