@@ -136,6 +136,25 @@ def test_the_folder_is_looked_at_while_images_come_and_go(clinic: MSHubApp, tmp_
     assert sorted(store.list_images()) == ["a", "b", "mr"]
 
 
+@pytest.mark.parametrize("moment", ["note_offer", "get_image_info"])
+def test_where_the_next_case_is_removed_just_now_another_one_is_offered(
+    server: TestClient, clinic: MSHubApp, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    store, go_on = clinic.datastore(), getattr(clinic.datastore(), moment)
+    removed: list[str] = []
+
+    def meanwhile(image: str, *told: Any) -> Any:
+        if not removed:
+            removed.append(image)
+            store.remove_image(image)
+        return go_on(image, *told)
+
+    monkeypatch.setattr(store, moment, meanwhile)
+    answer = server.post("/activelearning/random", json={})
+    assert (answer.status_code, len(removed)) == (200, 1), answer.text
+    assert answer.json()["id"] in {"a", "b", "mr"} - set(removed)
+
+
 def test_who_watches_the_folder_goes_on_after_a_fault(
     clinic: MSHubApp, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -302,12 +302,22 @@ def next_sample(request: Request, user: AnyUser, strategy: str, params: Annotate
     """Return the next case to label; a plain function, as the PACS is asked for its series."""
     if params is not None and not isinstance(params, dict):
         raise HTTPException(400, 'The request\'s body is no JSON object: expected options such as {"client_id": "me"}.')
-    sample = app_instance().next_case({**(params or {}), "strategy": strategy})
-    if "id" not in sample:
-        return sample
-    if "authorization" in request.headers:
+    sample = _next_case({**(params or {}), "strategy": strategy})
+    if "id" in sample and "authorization" in request.headers:
         _offer(request, sample["id"])
-    return {**sample, **app_instance().datastore().get_image_info(sample["id"])}
+    return sample
+
+
+def _next_case(wanted: dict[str, Any], attempts: int = 3) -> dict[str, Any]:
+    """Return the next case and what is known of its image; another case where that was removed just now."""
+    try:
+        sample: dict[str, Any] = app_instance().next_case(wanted)
+        known = app_instance().datastore().get_image_info(sample["id"]) if "id" in sample else {}
+    except (HTTPException, ImageNotFoundException) as error:
+        if attempts == 1 or getattr(error, "status_code", HTTPStatus.NOT_FOUND) != HTTPStatus.NOT_FOUND:
+            raise
+        return _next_case(wanted, attempts - 1)
+    return {**sample, **known}
 
 
 def _offer(request: Request, image: str) -> None:
