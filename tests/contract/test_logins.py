@@ -78,7 +78,8 @@ def asking(home: Path) -> dict[str, str]:
 
 def fetched(server: LiveServer, headers: dict[str, str], next_headers: dict[str, str]) -> int:
     """Ask for the next case, then for its image as 3D Slicer does; returns the status of that."""
-    answer = httpx.post(f"{server.url}/activelearning/random", json={}, headers=headers)
+    me = {"client_id": "tester"}  # as `LiveServer.client`: whose case is not offered to anybody else
+    answer = httpx.post(f"{server.url}/activelearning/random", json=me, headers=headers)
     image = answer.json()["id"]
     return httpx.get(f"{server.url}/datastore/image?image={quote_plus(image)}", headers=next_headers).status_code
 
