@@ -182,7 +182,7 @@ def test_a_training_ends_with_the_server_and_goes_on_with_the_next_one_as_after_
         finally:
             again.kill()
             os.kill(job.progress()["pid"], signal.SIGKILL)
-    Jobs(ward / "home").stop_all()
+    job.ask_to_stop()  # or the next server would let it go on
 
 
 def test_stock_monai_label_trains_and_stops_too(ward: Path, tmp_path: Path) -> None:

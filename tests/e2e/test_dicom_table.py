@@ -45,6 +45,7 @@ from dicom_series_factory import (
 )
 from factories import make_model_folder
 from hospital import NAMES, Hospital, voxels
+from lib.audit import Pseudonyms
 from live import LiveServer
 from mshub.install import add_model
 from mshub.nnunet.folder import ModelFolder
@@ -942,7 +943,7 @@ def test_a_seg_is_taken_voxel_for_voxel_or_left_out(hospital: Hospital, sound: S
         check_label(exported(hospital, maker, tag), structures(maker.shape))
         assert answer.json()["tags"][tag]["pacs"]["left_out"] == list(row.left_out)
     said = hospital.server.log.read_text()[before:]
-    reasons = [reason for seg in segs for reason in refusals(said, seg)]
+    reasons = [reason for seg in segs for reason in refusals(said, hospital, seg)]
     assert len(reasons) == bool(row.reads), reasons
     assert all(holds(row.reads, reason) for reason in reasons), reasons
     assert [noted(hospital, seg) for seg in segs if row.noted] == [row.noted for _ in segs if row.noted]
@@ -961,9 +962,10 @@ def check_label(answer: httpx.Response, structures: Masks) -> None:
     np.testing.assert_array_equal(label > 0, np.any(list(structures.values()), axis=0))
 
 
-def refusals(log: str, seg: FileDataset) -> list[str]:
-    """Return what a log says of a SEG that was left out, each once."""
-    found = re.findall(rf"the SEG {re.escape(seg.SOPInstanceUID)} in the PACS is left out: (.+)", log)
+def refusals(log: str, hospital: Hospital, seg: FileDataset) -> list[str]:
+    """Return what a log, which holds no UID, says of a SEG that was left out, each once."""
+    name = Pseudonyms(hospital.home).of(str(seg.SOPInstanceUID))
+    found = re.findall(rf"the SEG {name} in the PACS is left out: (.+)", log)
     return sorted(set(found))
 
 
