@@ -140,6 +140,19 @@ def test_the_one_used_longest_ago_is_dropped_first() -> None:
     assert cache.get("huge") is None
 
 
+def test_images_that_are_gone_or_changed_are_forgotten(folders: dict[str, ModelFolder], tmp_path: Path) -> None:
+    cache, rules = ImageCache(2**24), InputRules()
+    paths = {name: make_image(tmp_path / f"{name}.nii.gz", (5, 6, 7)) for name in ("kept", "gone", "changed")}
+    keys = {name: image_key([path], rules, folders["one"]) for name, path in paths.items()}
+    for key in keys.values():
+        cache.get_or_make(key, prepared)
+    assert cache.forget_gone() == ""
+    paths["gone"].unlink()
+    make_image(paths["changed"], (5, 6, 8))
+    assert cache.forget_gone() == "2 prepared image(s) of files that are gone"
+    assert [name for name, key in keys.items() if cache.get(key) is not None] == ["kept"]
+
+
 def test_nothing_is_kept_without_memory_for_it() -> None:
     cache = ImageCache(0)
     assert cache.get_or_make("a", prepared)

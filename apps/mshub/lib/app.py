@@ -221,6 +221,7 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         yield partial(remove_abandoned, self.store.home / "staging", names=ANYTHING)
         yield partial(unfinished, partial(folders_below, self.store.home))
         yield partial(trim, self.store.prepared_networks, PREPARED_BYTES)
+        yield self.images.forget_gone
         datastore = self.datastore()
         if isinstance(datastore, StudiesFolder) and not settings.MONAI_LABEL_DATASTORE_READ_ONLY:
             yield partial(unfinished, datastore.unfinished_in)

@@ -76,6 +76,14 @@ class ImageCache:
                 del self._images[next(iter(self._images))]
         return image
 
+    def forget_gone(self) -> str:
+        """Forget images whose files are gone or were written to; returns how many in words, or nothing."""
+        with self._lock:
+            gone = [key for key in self._images if not _is_current(key)]
+            for key in gone:
+                del self._images[key]
+        return f"{len(gone)} prepared image(s) of files that are gone" if gone else ""
+
 
 def image_key(images: Sequence[Path], rules: InputRules, folder: ModelFolder, *, body_only: bool = False) -> str:
     """Return a key that is another one if a file, or what is done to it before the network, is another.
@@ -96,6 +104,12 @@ def image_key(images: Sequence[Path], rules: InputRules, folder: ModelFolder, *,
     plans = {name: folder.plans_manager.plans.get(name) for name in PLANS_OF_PREPROCESSING}
     done = [rules.clip, rules.orientation, body_only, folder.predicts_as_v1, configuration, plans]
     return json.dumps([[str(image) for image in images], stamps, done], sort_keys=True, default=str)
+
+
+def _is_current(key: str) -> bool:
+    """Return whether the files of a key are there as they were."""
+    _, stamps, _ = json.loads(key)
+    return all(list(_stamp(Path(stamp[0]))) == stamp for stamp in stamps)
 
 
 def _stamp(file: Path) -> tuple[str, int, int, int, int]:
