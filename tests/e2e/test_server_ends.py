@@ -88,6 +88,7 @@ def test_a_training_ends_with_its_server_and_goes_on_with_the_next_one(ward: War
     epoch = 0
     for attempt, how in enumerate(ENDS, 1):
         eventually(lambda seen=epoch: ward.job().progress().get("epoch", 0) > seen)
+        eventually(lambda: list(ward.job().path.rglob("fold_*.pt")))  # every half minute
         process = psutil.Process(ward.job().progress()["pid"])
         ward.end(how)
         eventually(lambda one=process: is_gone(one), 30)
@@ -96,9 +97,9 @@ def test_a_training_ends_with_its_server_and_goes_on_with_the_next_one(ward: War
         epoch = progress["epoch"]
         ward.start()
         assert ward.client().train_status()["id"] == ward.job().id
-        eventually(lambda: ward.job().progress()["state"] == "running")
+        log = ward.job().path / "log.txt"
+        eventually(lambda told=log, times=attempt: told.read_text().count("going on after epoch") == times)
         assert ward.client().train_status(check_if_running=True) is True
-        assert ward.job().path.joinpath("log.txt").read_text().count("going on after epoch") == attempt - (epoch == 0)
     assert ward.client().train_stop()["status"] == "STOPPED"
     assert len(Jobs(ward.home).all()) == 1, "a second training of the same began"
 
