@@ -307,10 +307,11 @@ def test_the_real_process_waits_without_loading_torch_goes_first_and_ends_on_sig
 
 
 STARTER_PROCESS = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from mshub.jobs import Job
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where what started the tests ignores it
 Job(Path(sys.argv[1])).spawn()
 time.sleep(600)
 """
