@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 
@@ -112,6 +112,16 @@ def keep(name: str, figures: dict[str, Any]) -> Path:
     facts = {"when": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": " ".join(sys.argv)}
     path.write_text(json.dumps({**facts, **figures}, indent=2, default=str) + "\n")
     return path
+
+
+def conclude(name: str, figures: dict[str, Any], report: str, *, held: bool) -> NoReturn:
+    """Keep and print the figures of people at work, and what went ``wrong``; end with 1 unless all `held`."""
+    path = keep(name, figures)
+    print(report)
+    for what, times in figures["wrong"].items():
+        print(f"WRONG {times} x {what}")
+    print(f"figures: {path}")
+    sys.exit(0 if held else 1)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from typing import Any
 
 import httpx
 
-from arena import CASES, MODEL, Arena, arena, keep, table
+from arena import CASES, MODEL, Arena, arena, conclude, table
 from factories import make_image
 from traffic import TIMEOUT_S, Journal, Person, crowd, kinds_of, latencies, percentile
 
@@ -149,12 +148,7 @@ def main() -> None:
     options = parser.parse_args()
     with arena(has_users=True, threads=0) as place:
         figures = measure(place, *((4, 25, 2, 3.0) if options.quick else (8, 200, 4, 30.0)))
-    path = keep("load_quick" if options.quick else "load", figures)
-    print(report(figures))
-    for what, times in figures["wrong"].items():
-        print(f"WRONG {times} x {what}")
-    print(f"figures: {path}")
-    sys.exit(0 if holds(figures) else 1)
+    conclude("load_quick" if options.quick else "load", figures, report(figures), held=holds(figures))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from arena import MIB, Arena, arena, keep, table
+from arena import MIB, Arena, arena, conclude, table
 from traffic import Journal, Person, crowd, kinds_of, latencies, percentile
 
 MOST_GROWTH = 0.05
@@ -146,12 +145,7 @@ def main() -> None:
     options = parser.parse_args()
     with arena(has_users=True) as place:
         figures = soak(place, options.minutes)
-    path = keep("soak", figures)
-    print(report(figures))
-    for what, times in figures["wrong"].items():
-        print(f"WRONG {times} x {what}")
-    print(f"figures: {path}")
-    sys.exit(0 if holds(figures) else 1)
+    conclude("soak", figures, report(figures), held=holds(figures))
 
 
 if __name__ == "__main__":
