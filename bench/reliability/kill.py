@@ -36,7 +36,7 @@ from typing import Any
 from fastapi import HTTPException
 
 from arena import keep, table
-from kill_work import KINDS, Told, Work
+from kill_work import KINDS, Told, Work, short_journals
 from lib import free_space
 from mshub.errors import MSHubError
 
@@ -53,6 +53,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 # -- kills ------------------------------------------------------------------------------------------------------------
 
 
+@short_journals()
 def work_until_killed(kind: str, folder: Path, scratch: Path, first: int, says: Connection) -> None:
     """Do one kind of work, and say what was done; the child's program."""
     work = KINDS[kind](folder, scratch)
@@ -62,6 +63,7 @@ def work_until_killed(kind: str, folder: Path, scratch: Path, first: int, says: 
         says.send(work.do(number))
 
 
+@short_journals()
 def kills(folder: Path, count: int, seed: int = 20) -> dict[str, Any]:
     """Kill `count` children, the kinds in turn; returns the figures."""
     processes = _nursery()
@@ -170,6 +172,7 @@ def small_disk(folder: Path) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
+@short_journals()
 def full_disks(folder: Path, levels: tuple[int, ...]) -> dict[str, Any]:
     """Fill a small disk to each level and go on storing; returns the figures.
 

@@ -12,8 +12,10 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
+from unittest.mock import patch
 
 import nibabel as nib
 import numpy as np
@@ -31,7 +33,8 @@ from mshub.store import ModelStore
 from mshub.volume_io import read_volume
 
 CASES, SHAPE = ("a", "b", "c"), (12, 11, 10)
-index_journal.LEAST_BYTES = 20_000  # so that the index is written whole as often as it is killed
+short_journals = partial(patch.object, index_journal, "LEAST_BYTES", 20_000)
+"""Around a function: the index is written whole as often as it is killed."""
 LONG_AGO_S = 2 * 24 * 3600.0
 Told = dict[str, Any]
 

@@ -10,7 +10,9 @@ import logging
 import os
 import signal
 import sys
+from functools import partial
 
+import uvicorn
 from monailabel.main import Main
 
 from lib import background
@@ -20,6 +22,10 @@ from lib.server.single import hold
 from mshub.errors import MSHubError
 from mshub.serve import check_exposure
 from mshub.store import ModelStore
+
+KEEP_ALIVE_S = 75
+"""How long a connection stays open that nobody uses: longer than proxies keep theirs (60 s), as one that ends just as
+a request is sent takes the request with it."""
 
 
 def main() -> None:
@@ -37,6 +43,7 @@ def main() -> None:
         sys.exit(f"mshub: {error}")
     # The web server ends itself by the signal that ended it; what is to be cleared away is, this way.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    uvicorn.run = partial(uvicorn.run, timeout_keep_alive=KEEP_ALIVE_S)  # MONAI Label has no option for it
     try:
         with own_temporary_folder():
             Main().run()
