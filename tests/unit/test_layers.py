@@ -49,7 +49,7 @@ APP_LAYERS = (
     *("lib.label_note", "lib.label_folder", "lib.janitor", "lib.sessions", "lib.background", "lib.oidc_settings"),
     *("lib.conf", "lib.activity", "lib.digests", "lib.reviews", "lib.datastore"),
     *("lib.pacs_session", "lib.pacs_errors", "lib.pacs_client", "lib.pacs_download", "lib.pacs_images"),
-    *("lib.pacs_labels", "lib.pacs", "lib.exports"),
+    *("lib.pacs_labels", "lib.pacs_sending", "lib.pacs", "lib.exports"),
     *("lib.infers", "lib.trainers", "lib.activelearning", "lib.warm_up", "lib.app", "lib.server", "main"),
 )
 PACKAGES = ("mshub", "mshub.nnunet", "mshub.report")  # hold modules, and no code of their own

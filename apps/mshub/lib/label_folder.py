@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import re
+import shutil
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,29 @@ class LabelFolder(IndexedFolder):
         """Return the folders in which files are written that are renamed once they are whole."""
         labels = self._labels_folder
         return [Path(self._datastore_path), *(path for path in labels.glob("*") if path.is_dir()), labels]
+
+    def copy_label(self, image_id: str, tag: str, folder: Path) -> tuple[Path | None, dict[str, Any]]:
+        """Copy a label into a folder; returns the copy, None if there is no such label, and what is known of that one.
+
+        A label that is submitted meanwhile comes before or after: file and info are of the same one.
+        """
+        with self._lock:
+            self._catch_up()
+            path = self._label_file(image_id, tag)
+            if path is None:
+                return None, {}
+            return Path(shutil.copyfile(path, folder / path.name)), self.get_label_info(image_id, tag)
+
+    def labels_where(self, tag: str, is_so: Callable[[dict[str, Any]], bool]) -> list[str]:
+        """Return the images with a label of which something is known."""
+        objects = list(self._datastore.objects.items())
+        return [image for image, entry in objects if tag in entry.labels and is_so(entry.labels[tag].info)]
+
+    @contextmanager
+    def changing_label(self, image_id: str, is_so: Callable[[dict[str, Any]], bool]) -> Iterator[dict[str, Any] | None]:
+        """Give what is known of that label of an image, whatever its tag is by now, to be changed; None without one."""
+        with self._changing(image_id) as entry:
+            yield next((label.info for label in entry.labels.values() if is_so(label.info)), None)
 
     @property
     def _labels_folder(self) -> Path:

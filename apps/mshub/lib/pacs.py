@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pydicom
 from cachetools import LRUCache
 from fastapi import HTTPException
 from monailabel.datastore.local import DataModel, ImageLabelModel
@@ -32,12 +31,12 @@ from lib.faults import as_http_errors
 from lib.pacs_client import PacsClient, text_of
 from lib.pacs_errors import PacsError
 from lib.pacs_images import COUNT, VOLUME, Progress, SeriesFiles, untold
-from lib.pacs_labels import OURS, REFUSED, TAKEN, Finding, PacsLabels, label_facts
+from lib.pacs_labels import REFUSED, TAKEN, Finding, PacsLabels
+from lib.pacs_sending import FINAL, LabelSender, waiting_note
 from mshub.card_tables import Channel
 from mshub.cases import ReviewedCase
 from mshub.channel_series import ChannelSeries, choose_series
-from mshub.corrections import read_correction
-from mshub.dicom_seg import SegLabels, read_seg, write_seg
+from mshub.dicom_seg import SegLabels, read_seg
 from mshub.dicom_series import SeriesStack
 from mshub.errors import CaseError, GeometryError, LabelError, MSHubError
 from mshub.geometry import Array, Grid
@@ -50,17 +49,14 @@ logger = logging.getLogger(__name__)
 
 _UID = re.compile(r"[0-9]+(\.[0-9]+)*")
 MAX_UID_LENGTH = 64
-LISTED_S, SEEN_S, RETRY_S = 1.0, 2.0, 10.0
-"""How long the list of series, and of SEGs, is taken for new; how often labels that wait for the PACS are tried."""
+LISTED_S, SEEN_S = 1.0, 2.0
+"""How long the list of series, and of SEGs, is taken for new."""
 SLOW_S, SHARE_OF_ASKING = 0.5, 0.1
 """A PACS that takes longer to list its series is asked less often: for at most this share of the time."""
 WAIT_FOR_LABELS_S = 5.0
-UNUSED_S = 3600.0  # a copy somebody asked for within an hour is not swept away
 """How long a request waits for the corrections of others to be taken in; a first time can take minutes."""
+UNUSED_S = 3600.0  # a copy somebody asked for within an hour is not swept away
 KEPT_HEADERS = 512
-FINAL = str(DefaultLabelTag.FINAL.value)
-SENT = ("SeriesInstanceUID", "SOPInstanceUID")
-"""What a label's info says of the SEG that was made of it last."""
 FACTS = (
     *("StudyInstanceUID", "SeriesInstanceUID", "PatientID", "Modality", "StudyDate", "StudyTime", "StudyDescription"),
     *("SeriesDescription", "SeriesNumber", COUNT),
@@ -101,9 +97,10 @@ class PacsStudies(StudiesFolder):
         self._client, self.overrides, self._modalities = client, overrides, tuple(modalities)
         self._files = SeriesFiles(Path(folder), client)
         self._labels = PacsLabels(Path(folder) / "segs.json", client)
-        self._listing, self._taking, self._storing = threading.Lock(), threading.Lock(), threading.Lock()
+        self._sender = LabelSender(self, self._files, client, self._labels, overrides)
+        self._listing, self._taking = threading.Lock(), threading.Lock()
         self._listed: dict[str, dict[str, str]] = {}
-        self._listed_until = self._listed_at = self._look_again_at = self._tried_at = float("-inf")
+        self._listed_until = self._listed_at = self._look_again_at = float("-inf")
         self._looking, self._look, self._look_for_until = threading.Lock(), threading.Thread(), float("-inf")
         self._ambiguous: set[str] = set()
         self._headers: MutableMapping[str, Dataset] = LRUCache(KEPT_HEADERS)
@@ -308,11 +305,11 @@ class PacsStudies(StudiesFolder):
             kept = self._refused.keep(Path(label_filename), image_id, label_tag, label_info, str(error.detail))
             detail = f"{error.detail} The submitted file is kept on the server as {kept}."
             raise HTTPException(error.status_code, detail) from error
-        waits = {"stored": False, "waits": True, "message": "On its way to the PACS."} if label_tag == FINAL else {}
+        waits = waiting_note() if label_tag == FINAL else {}
         with self._on_grid(image_id, Path(label_filename)) as path:
             stored = super().save_label(image_id, str(path), label_tag, {**label_info, "pacs": waits})
         if label_tag == FINAL:
-            self._send(image_id)
+            self._sender.send(image_id)
         return stored
 
     def find(
@@ -400,7 +397,7 @@ class PacsStudies(StudiesFolder):
                 self._listed_at = time.monotonic()
                 self._listed_until = self._listed_at + _pause(self._listed_at - started, LISTED_S)
             listed = self._listed
-        self._send_waiting()
+        self._sender.send_waiting()
         return listed
 
     def _register(self, listed: Mapping[str, Mapping[str, str]]) -> None:
@@ -470,65 +467,6 @@ class PacsStudies(StudiesFolder):
             path = Path(folder) / "label.nii.gz"
             write_nifti(path, stack.from_slices(array), stack.grid)
             yield path
-
-    # -- labels that go to the PACS -------------------------------------------------------------------------------
-
-    def _send(self, image_id: str) -> None:
-        """Store the final label in the PACS, and note in its info what came of it."""
-        with self._storing:
-            info = self.get_label_info(image_id, FINAL)
-            if info["pacs"]["stored"]:  # by another request, meanwhile
-                return
-            try:
-                note = self._arrived(image_id, info) or self._stored_seg(image_id, info)
-            except (PacsError, OSError) as error:
-                text = f"{error} The label is kept here and sent later."
-                note = {**self.get_label_info(image_id, FINAL)["pacs"], "message": text}
-            except (MSHubError, HTTPException) as error:
-                text = error.detail if isinstance(error, HTTPException) else str(error)
-                note = {"stored": False, "waits": False, "message": f"Not stored as DICOM SEG: {text}"}
-            if not note["stored"]:
-                logger.warning("%s: %s", image_id, note["message"])
-            try:
-                self.update_label_info(image_id, FINAL, {"pacs": note})
-            except OSError as error:  # the label is stored, and that is what counts
-                logger.error("%s: what became of the label at the PACS is not noted: %s", image_id, error)
-
-    def _arrived(self, image_id: str, info: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Return the note of a label that the PACS has from an attempt of which it was not said how it ended."""
-        sent = {key: info["pacs"].get(key, "") for key in SENT}
-        if not sent["SOPInstanceUID"]:
-            return None
-        study = str(self._files.stack(image_id).headers[0].StudyInstanceUID)
-        return {"stored": True, "message": "", **sent} if self._client.lists(study, *sent.values()) else None
-
-    def _stored_seg(self, image_id: str, info: Mapping[str, Any]) -> dict[str, Any]:
-        stack = self._files.stack(image_id)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "label.dcm"
-            label = Path(self.get_label_uri(image_id, FINAL))
-            correction = read_correction(label, info.get("label_info"), stack.grid, self.structures())
-            labels = stack.to_slices(correction.labels.array_xyz)
-            facts = label_facts(info, FINAL, self.overrides())
-            written = write_seg(path, labels, correction.values, stack, facts)
-            self._labels.note(written.series_uid, written.sop_uid, OURS, image_id)  # before anybody can find it there
-            sent = dict(zip(SENT, (written.series_uid, written.sop_uid), strict=True))
-            self.update_label_info(image_id, FINAL, {"pacs": {**info["pacs"], **sent}})
-            self._client.store(pydicom.dcmread(path))
-        return {"stored": True, "message": "", **sent}
-
-    def _send_waiting(self) -> None:
-        """Send the labels that the PACS could not take, now that it answers."""
-        if time.monotonic() - self._tried_at < RETRY_S:
-            return
-        self._tried_at = time.monotonic()
-        waiting = [
-            image
-            for image, item in list(self._datastore.objects.items())
-            if FINAL in item.labels and item.labels[FINAL].info.get("pacs", {}).get("waits")
-        ]
-        for image in waiting:
-            self._send(image)
 
     # -- labels that come from the PACS ---------------------------------------------------------------------------
 

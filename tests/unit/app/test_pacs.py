@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from fastapi import HTTPException
 from dicom_series_factory import SeriesMaker
 from fake_pacs import FakePacs
 from lib import pacs as pacs_module
+from lib import pacs_sending
 from lib.activelearning import case_look as case_look_module
 from lib.activelearning.case_look import CaseLook
 from lib.activelearning.offers import unlabelled
@@ -37,8 +39,9 @@ LABEL_INFO = {"label_info": [{"name": name, "idx": value} for name, value in NAM
 @pytest.fixture
 def open_pacs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[FakePacs], PacsStudies]:
     """Return a function that opens a datastore on a PACS, which forgets nothing it has looked up for a while."""
-    for name in ("LISTED_S", "SEEN_S", "RETRY_S"):
+    for name in ("LISTED_S", "SEEN_S"):
         monkeypatch.setattr(pacs_module, name, -1.0)
+    monkeypatch.setattr(pacs_sending, "RETRY_S", -1.0)
 
     def opened(client: FakePacs) -> PacsStudies:
         return PacsStudies(
@@ -256,8 +259,8 @@ def test_a_full_disk_after_a_label_was_stored_is_no_reason_to_say_it_was_not(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "no space left on device")
 
-    monkeypatch.setattr("lib.pacs.write_seg", full)
-    monkeypatch.setattr(pacs, "update_label_info", full)
+    monkeypatch.setattr(pacs_sending, "write_seg", full)
+    monkeypatch.setattr(pacs, "changing_label", full)
     pacs.save_label(MAKER.uid, str(label), "final", LABEL_INFO)
     monkeypatch.undo()
     again = open_pacs(remote)
@@ -277,6 +280,39 @@ def test_a_label_that_the_pacs_kept_without_an_answer_is_not_sent_twice(open_pac
     again.list_images()
     stored = [item.SOPInstanceUID for item in remote.objects if item.Modality == "SEG"]
     assert [again.get_label_info(MAKER.uid, "final")["pacs"]["SOPInstanceUID"]] == stored
+
+
+def test_what_became_of_a_label_is_noted_with_that_one_though_another_was_submitted_meanwhile(
+    open_pacs: Any, label: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = FakePacs(MAKER.slices())
+    pacs = open_pacs(remote)
+    volume = read_volume(label, allow_constant=True)
+    write_volume(tmp_path / "liver.nrrd", np.where(volume.array_xyz == 1, 1, 0).astype(np.uint8), volume.grid)
+    arrived, go_on, store = threading.Event(), threading.Event(), remote.store
+
+    def slowly(instance: Any) -> None:
+        monkeypatch.setattr(remote, "store", store)
+        arrived.set()
+        assert go_on.wait(10)
+        store(instance)
+
+    monkeypatch.setattr(remote, "store", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(pacs.save_label, MAKER.uid, str(label), "final", {**LABEL_INFO, "client_id": "first"})
+        assert arrived.wait(10)
+        second = pool.submit(pacs.save_label, MAKER.uid, str(tmp_path / "liver.nrrd"), "final", LABEL_INFO)
+        until = time.monotonic() + 10
+        while "version_1" not in pacs.get_labels_by_image_id(MAKER.uid) and time.monotonic() < until:
+            time.sleep(0.01)
+        assert "SOPInstanceUID" not in pacs.get_label_info(MAKER.uid, "final")["pacs"], "the first one's"
+        go_on.set()
+        first.result(), second.result()
+    segs = {item.SOPInstanceUID: item for item in remote.objects if item.Modality == "SEG"}
+    notes = {tag: pacs.get_label_info(MAKER.uid, tag)["pacs"] for tag in ("version_1", "final")}
+    assert [note["stored"] for note in notes.values()] == [True, True]
+    structures = {tag: len(segs[note["SOPInstanceUID"]].SegmentSequence) for tag, note in notes.items()}
+    assert structures == {"version_1": 2, "final": 1}
 
 
 def test_a_label_whose_series_was_never_here_is_kept_aside_while_the_pacs_is_down(
@@ -444,7 +480,7 @@ def test_a_server_that_ended_before_the_label_was_sent_sends_it_when_it_is_back(
 ) -> None:
     remote = FakePacs(MAKER.slices())
     pacs = open_pacs(remote)
-    monkeypatch.setattr(pacs, "_send", lambda image: None)
+    monkeypatch.setattr(pacs._sender, "send", lambda image: None)
     claimed = {**LABEL_INFO, "pacs": {"stored": True}}  # nobody's word is taken for it
     pacs.save_label(MAKER.uid, str(label), "final", claimed)
     assert not [item for item in remote.objects if item.Modality == "SEG"]

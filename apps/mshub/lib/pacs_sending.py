@@ -1,0 +1,137 @@
+"""Final labels on their way to the PACS, as DICOM SEG: what became of each is noted with that label and no other."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pydicom
+from fastapi import HTTPException
+from monailabel.interfaces.datastore import DefaultLabelTag
+
+from lib.datastore import StudiesFolder
+from lib.pacs_client import PacsClient
+from lib.pacs_errors import PacsError
+from lib.pacs_images import SeriesFiles
+from lib.pacs_labels import OURS, PacsLabels, label_facts
+from mshub.corrections import read_correction
+from mshub.dicom_seg import write_seg
+from mshub.errors import MSHubError
+from mshub.structures import StructureOverride
+
+logger = logging.getLogger(__name__)
+
+FINAL = str(DefaultLabelTag.FINAL.value)
+RETRY_S = 10.0
+"""How often labels that wait for the PACS are tried."""
+SENT = ("SeriesInstanceUID", "SOPInstanceUID")
+"""What a label's note says of the SEG that was made of it last."""
+MARK = "mark"
+Note = dict[str, Any]
+"""What a label's info says in ``pacs``: ``stored``, ``waits``, ``message``, ``mark``, and `SENT`."""
+
+STORED: Note = {"stored": True, "waits": False, "message": ""}
+
+
+def waiting_note() -> Note:
+    """Return the note of a label that is about to be sent; its mark tells it from all others of its image."""
+    return {"stored": False, "waits": True, "message": "On its way to the PACS.", MARK: uuid4().hex}
+
+
+class LabelSender:
+    """Stores final labels in a PACS, one at a time, and notes in their info what came of it.
+
+    Parameters
+    ----------
+    labels : StudiesFolder
+        Where they are.
+    files : SeriesFiles
+        The series they belong to.
+    client : PacsClient
+    known : PacsLabels
+        Which SEGs of the PACS are this server's own.
+    overrides : callable
+        Returns what the models' cards say of their structures: codes and colours.
+    """
+
+    def __init__(
+        self,
+        labels: StudiesFolder,
+        files: SeriesFiles,
+        client: PacsClient,
+        known: PacsLabels,
+        overrides: Callable[[], Mapping[str, StructureOverride]],
+    ) -> None:
+        self._labels, self._files, self._client = labels, files, client
+        self._known, self._overrides = known, overrides
+        self._storing, self._tried_at = threading.Lock(), float("-inf")
+
+    def send(self, image_id: str) -> None:
+        """Send an image's final label, if it waits for that; it goes on waiting while the PACS cannot take it."""
+        with self._storing:
+            try:
+                with tempfile.TemporaryDirectory() as folder:
+                    self._send(image_id, Path(folder))
+            except OSError as error:  # the label is stored, and that is what counts
+                logger.error("%s: what became of the label at the PACS is not noted: %s", image_id, error)
+
+    def send_waiting(self) -> None:
+        """Send the labels that the PACS could not take, now that it answers."""
+        if time.monotonic() - self._tried_at < RETRY_S or self._storing.locked():  # whoever asks need not wait for that
+            return
+        self._tried_at = time.monotonic()
+        for image in self._labels.labels_where(FINAL, lambda info: bool((info.get("pacs") or {}).get("waits"))):
+            self.send(image)
+
+    def _send(self, image_id: str, folder: Path) -> None:
+        label, info = self._labels.copy_label(image_id, FINAL, folder)
+        waits: Note = info.get("pacs") or {}
+        if label is None or not waits.get("waits"):  # another request sent it meanwhile, or it is gone
+            return
+        try:
+            news = self._arrived(image_id, waits) or self._stored(image_id, label, info)
+        except (PacsError, OSError) as error:
+            news = {"message": f"{error} The label is kept here and sent later."}
+        except (MSHubError, HTTPException) as error:
+            text = error.detail if isinstance(error, HTTPException) else str(error)
+            news = {"waits": False, "message": f"Not stored as DICOM SEG: {text}"}
+        if not news.get("stored"):
+            logger.warning("%s: %s", image_id, news["message"])
+        self._note(image_id, waits, news)
+
+    def _arrived(self, image_id: str, waits: Note) -> Note | None:
+        """Return what is new of a label that the PACS has from an attempt of which it was not said how it ended."""
+        sent = [waits.get(key, "") for key in SENT]
+        if not all(sent):
+            return None
+        study = str(self._files.stack(image_id).headers[0].StudyInstanceUID)
+        return STORED if self._client.lists(study, *sent) else None
+
+    def _stored(self, image_id: str, label: Path, info: Mapping[str, Any]) -> Note:
+        stack = self._files.stack(image_id)
+        correction = read_correction(label, info.get("label_info"), stack.grid, self._labels.structures())
+        voxels = stack.to_slices(correction.labels.array_xyz)
+        path = label.with_name("label.dcm")
+        written = write_seg(path, voxels, correction.values, stack, label_facts(info, FINAL, self._overrides()))
+        self._known.note(written.series_uid, written.sop_uid, OURS, image_id)  # before anybody can find it there
+        self._note(image_id, info["pacs"], dict(zip(SENT, (written.series_uid, written.sop_uid), strict=True)))
+        self._client.store(pydicom.dcmread(path))
+        return STORED
+
+    def _note(self, image_id: str, waits: Note, news: Note) -> None:
+        """Note something of the label that was sent, which another may have replaced since."""
+        with self._labels.changing_label(image_id, lambda info: _mark(info) == waits.get(MARK)) as info:
+            if info is None:
+                logger.info("%s: the label that was sent is gone", image_id)
+            else:
+                info["pacs"] = {**(info.get("pacs") or {}), **news}
+
+
+def _mark(info: Mapping[str, Any]) -> object:
+    return (info.get("pacs") or {}).get(MARK)
