@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
+import shutil
 import tempfile
 import threading
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from datetime import datetime, timezone
 from math import prod
 from pathlib import Path
@@ -39,6 +42,7 @@ from mshub.volume_io import read_grid, read_volume
 logger = logging.getLogger(__name__)
 
 FIRST_CHANNEL = "_0000"
+FIRST_ZIP_DATE = (1980, 1, 1, 0, 0, 0)
 MOST_COMPARED = 300
 """So many labels say what volume of a structure is usual; more would cost more and say the same."""
 _CHANNEL = re.compile(r"(?P<case>.+)_(?P<number>\d{4})")
@@ -368,16 +372,17 @@ class StudiesFolder(LabelFolder):
 
     def get_dataset_archive(self, limit_cases: int | None) -> str:
         """Return a new ZIP of images that have a final label, and these labels; 404 if there are none."""
-        pairs = [pair for pair in self.datalist() if all(Path(path).exists() for path in pair.values())]
-        if not pairs:
-            raise HTTPException(404, "There is no image with a final label yet, so there is nothing to download.")
-        chosen = pairs[:limit_cases] if limit_cases and limit_cases > 0 else pairs
+        written = 0
         with tempfile.NamedTemporaryFile(suffix=".zip", delete=False) as file:
             try:
                 with zipfile.ZipFile(file, "w") as archive:
-                    for kind, path in (one for pair in chosen for one in pair.items()):
-                        archive.write(path, f"{kind}/{Path(path).name}")
+                    for pair in self.datalist():
+                        if limit_cases and written >= limit_cases > 0:
+                            break
+                        written += _add_pair(archive, pair)
                     archive.writestr("metadata.json", self._datastore.model_dump_json(exclude={"base_path"}))
+                if not written:
+                    raise HTTPException(404, "There is no image with a final label yet: nothing to download.")
             except BaseException:
                 Path(file.name).unlink(missing_ok=True)
                 raise
@@ -420,6 +425,22 @@ def _origin(prelabel: dict[str, Any]) -> dict[str, Any] | None:
     """Return model and version of the pre-label a correction started from; None without one."""
     params = prelabel.get("params", {})
     return {"model": params["model"], "version": params["model_version"]} if "model_version" in params else None
+
+
+def _add_pair(archive: zipfile.ZipFile, pair: Mapping[str, str]) -> bool:
+    """Add an image and its label to a ZIP, or neither if one is gone; what is open may be removed meanwhile."""
+    with ExitStack() as stack:
+        try:
+            opened = {kind: stack.enter_context(Path(path).open("rb")) for kind, path in pair.items()}
+        except FileNotFoundError:
+            return False
+        for kind, source in opened.items():
+            found, name = os.fstat(source.fileno()), f"{kind}/{Path(pair[kind]).name}"
+            entry = zipfile.ZipInfo(name, max(time.localtime(found.st_mtime)[:6], FIRST_ZIP_DATE))
+            entry.file_size, entry.external_attr = found.st_size, found.st_mode << 16
+            with archive.open(entry, "w") as target:
+                shutil.copyfileobj(source, target)
+    return True
 
 
 def _is_text(name: str) -> bool:

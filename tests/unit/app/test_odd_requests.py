@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import tempfile
 import zipfile
@@ -123,6 +124,25 @@ def test_labelled_images_are_downloaded_and_leave_nothing(
     with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
         assert {"image/a.nii.gz", "label/a.nii.gz", "metadata.json"} <= set(archive.namelist())
     assert [path for path in (tmp_path / "tmp").rglob("*") if path.is_file()] == []
+
+
+def test_a_download_holds_whole_pairs_though_images_are_removed_meanwhile(
+    server: TestClient, clinic: MSHubApp, review: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = clinic.datastore()
+    for image in ("a", "b"):
+        review(image, "liver")
+    listed = store.datalist()
+    gone, there = (next(pair for pair in listed if Path(pair["image"]).name.startswith(image)) for image in ("a", "b"))
+    os.utime(there["image"], (1, 1))  # a ZIP knows no date before 1980
+    monkeypatch.setattr(store, "datalist", lambda: (Path(gone["label"]).unlink(missing_ok=True), listed)[1])
+    answer = server.get("/datastore/dataset")
+    with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
+        assert set(archive.namelist()) == {"image/b.nii.gz", "label/b.nii.gz", "metadata.json"}
+        assert archive.read("label/b.nii.gz") == Path(there["label"]).read_bytes()
+        assert archive.testzip() is None
+    Path(there["image"]).unlink()
+    assert "no image with a final label" in refused(server.get("/datastore/dataset"), 404, "not-found")
 
 
 def test_the_folder_is_looked_at_while_images_come_and_go(clinic: MSHubApp, tmp_path: Path) -> None:
