@@ -50,7 +50,7 @@ demo-ohif: $(VENV)/.installed pacs-tools viewer  ## a PACS with phantoms, the se
 	$(BIN)/python demo/ohif.py --port $(PORT) $(if $(DICOM),--dicom "$(DICOM)")
 
 e2e: $(VENV)/.installed-dev pacs-tools viewer  ## the tests with a real PACS and a real browser
-	E2E_TOOLS=required $(BIN)/python -m pytest tests/e2e/test_real_pacs.py tests/e2e/test_dicom_table.py tests/e2e/test_ohif.py $(ARGS)
+	E2E_TOOLS=required $(BIN)/python -m pytest $(addprefix tests/e2e/,test_real_pacs.py test_dicom_table.py test_ohif*.py test_sign_on_browser.py) $(ARGS)
 
 test: $(VENV)/.installed-dev  ## the whole test suite
 	$(BIN)/python -m pytest $(ARGS)
