@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import os
@@ -31,6 +30,7 @@ from lib.app import MSHubApp
 from lib.conf import Config
 from lib.server import access, asgi
 from lib.server.access import COOKIE, USER, Access, Guards
+from lib.server.error_answers import add_error_answers
 from lib.server.login import FORM_BYTES, Login, _within
 from lib.server.offers import GOOD_FOR_S
 from lib.server.permissions import PERMITTED, PUBLIC, permission_for
@@ -606,7 +606,12 @@ def test_metrics_name_no_methods_and_routes_that_strangers_make_up(home: Path, u
 
 
 def test_a_server_that_is_full_says_when_to_come_back() -> None:
-    answer = asyncio.run(asgi._on_our_error(Request({"type": "http", "headers": []}), Busy("too many", 7.2)))
+    def full() -> None:
+        raise Busy("too many", 7.2)
+
+    api = FastAPI(routes=[APIRoute("/infer", full)])
+    add_error_answers(api)
+    answer = TestClient(api).get("/infer")
     assert (answer.status_code, answer.headers["retry-after"], answer.headers["x-mshub-error"]) == (503, "8", "busy")
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import re
 import shutil
 from collections import deque
-from collections.abc import Mapping
 from enum import Enum
 from functools import cache
 from http import HTTPStatus
@@ -17,9 +15,7 @@ from typing import Annotated, Any
 
 from fastapi import BackgroundTasks, Body, Depends, File, Form, HTTPException, Request, UploadFile
 from fastapi import Path as InPath
-from fastapi.exception_handlers import http_exception_handler
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from fastapi.responses import FileResponse, PlainTextResponse, Response
 from monailabel import endpoints
 from monailabel.config import settings
 from monailabel.endpoints import activelearning, batch_infer, datastore, ohif, scoring, session
@@ -27,18 +23,18 @@ from monailabel.endpoints import logs as logs_of_monailabel
 from monailabel.endpoints.infer import ResultType, run_inference
 from monailabel.endpoints.user.auth import RBAC, User, get_current_user
 from monailabel.interfaces.datastore import DefaultLabelTag
-from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoundException, MONAILabelException
+from monailabel.interfaces.exception import ImageNotFoundException
 from monailabel.interfaces.utils.app import app_instance
-from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware import Middleware
 from starlette.routing import Match
 from starlette.types import Scope
 
-from lib.faults import check_name, http_error
+from lib.faults import check_name
 from lib.oidc_settings import OidcSettings
 from lib.server.access import USER, Access, Guards, address_of, comes_from_one_person
 from lib.server.bodies import Bodies
 from lib.server.disconnects import Disconnects
+from lib.server.error_answers import add_error_answers
 from lib.server.health import Health
 from lib.server.in_threads import in_threads, plain
 from lib.server.json_input import JsonRoute, json_object
@@ -48,7 +44,6 @@ from lib.server.proxy import pass_on
 from lib.server.uploads import base_name, check_images, received, rename, volume_ending
 from lib.server.viewer import BuildFiles, add_viewer
 from lib.sessions import refuse_archive
-from mshub.errors import MSHubError, legible
 
 # Read when monailabel.app is imported; empty would let the pages of every origin read images and labels. Not set in
 # the environment, where MONAI Label 0.8.5 cannot write it back.
@@ -415,59 +410,6 @@ def _train_params(params: Any, user: User) -> dict[str, Any]:
     return {**(params or {}), "client_id": (params or {}).get("client_id") or user.username}
 
 
-def _answer(status_code: int, detail: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """Return an error with a code that programs can rely on, in ``X-MSHub-Error``: ours, or the name of the status."""
-    named = {"X-MSHub-Error": HTTPStatus(status_code).phrase.lower().replace(" ", "-"), **(headers or {})}
-    return JSONResponse({"detail": detail}, status_code=status_code, headers=named)
-
-
-async def _on_our_error(request: Request, error: Exception) -> JSONResponse:
-    if not isinstance(error, MSHubError):
-        return await _on_surprise(request, error)
-    told = http_error(error)
-    return _answer(told.status_code, told.detail, told.headers)
-
-
-async def _on_http_error(request: Request, error: Exception) -> Response:
-    if not isinstance(error, StarletteHTTPException) or not isinstance(error.detail, str):
-        return await http_exception_handler(request, error)  # type: ignore[arg-type]
-    return _answer(error.status_code, error.detail, error.headers)
-
-
-async def _on_bad_fields(request: Request, error: Exception) -> JSONResponse:
-    """Say in a sentence which fields of a request are missing or odd; without what was sent, which may be anything."""
-    found = error.errors() if isinstance(error, RequestValidationError) else []
-    told = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in found[:10])
-    return _answer(422, legible(f"The request is not what this address expects: {told}."))
-
-
-async def _on_system_error(request: Request, error: Exception) -> JSONResponse:
-    """Answer what the operating system refused; a full disk is no fault of the program's."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        logger.error("the disk is full: %s %s", request.method, request.url.path)
-        return _answer(
-            507, "The server's disk is full: what was sent is not stored. Free some space and send it again."
-        )
-    raise error
-
-
-async def _on_bad_json(request: Request, error: Exception) -> JSONResponse:
-    return _answer(400, f"The request holds invalid JSON: {error}.")
-
-
-async def _on_not_found(request: Request, error: Exception) -> JSONResponse:
-    return _answer(404, str(error))
-
-
-async def _on_monailabel_error(request: Request, error: Exception) -> JSONResponse:
-    return _answer(400, str(getattr(error, "msg", error)))
-
-
-async def _on_surprise(request: Request, error: Exception) -> JSONResponse:
-    """Answer what nobody foresaw; the trace is in the log, under the same words."""
-    return _answer(500, f"{request.method} {request.url.path} failed ({type(error).__name__}); see the server's log.")
-
-
 ROUTES = (
     ("GET", "/info/", info, "App"),
     ("POST", "/infer/{model}", infer, "Infer"),
@@ -561,15 +503,7 @@ def _extend(api: Any) -> None:
     origins = [str(origin) for origin in settings.MONAI_LABEL_CORS_ORIGINS]
     access = Middleware(Access, _home, _is_program, origins, health.requests.observe, lambda: _sign_on() is not None)
     api.user_middleware += [access, Middleware(Disconnects), Middleware(Bodies, _upload_limit)]
-    api.add_exception_handler(MSHubError, _on_our_error)
-    api.add_exception_handler(json.JSONDecodeError, _on_bad_json)
-    api.add_exception_handler(ImageNotFoundException, _on_not_found)
-    api.add_exception_handler(LabelNotFoundException, _on_not_found)
-    api.add_exception_handler(MONAILabelException, _on_monailabel_error)
-    api.add_exception_handler(StarletteHTTPException, _on_http_error)
-    api.add_exception_handler(RequestValidationError, _on_bad_fields)
-    api.add_exception_handler(OSError, _on_system_error)
-    api.add_exception_handler(Exception, _on_surprise)
+    add_error_answers(api)
 
 
 _extend(app)
