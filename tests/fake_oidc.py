@@ -84,7 +84,7 @@ class FakeOidc:
         self._server.shutdown()
         self._server.server_close()
 
-    # -- its four addresses ---------------------------------------------------------------------------------------
+    # -- its five addresses ---------------------------------------------------------------------------------------
 
     def openid_configuration(self, query: dict[str, str]) -> Answer:
         names = {"authorization_endpoint": "authorize", "token_endpoint": "token", "jwks_uri": "jwks"}
@@ -128,6 +128,12 @@ class FakeOidc:
         self.tokens += [secrets.token_urlsafe(16), self.sign(self._claims(begun["nonce"]))]
         return _json({"token_type": "Bearer", "access_token": self.tokens[-2], "id_token": self.tokens[-1]})
 
+    def logout(self, query: dict[str, str]) -> Answer:
+        """Ask whoever comes here whether they want to go; only tests that name it in `discovery` lead anybody here."""
+        if query != {"client_id": CLIENT_ID}:
+            return _json({"error": "invalid_request"}, 400)
+        return 200, {"Content-Type": "text/html"}, b"<title>Clinic</title><button>Yes, log me out</button>"
+
     # -- id tokens ------------------------------------------------------------------------------------------------
 
     def signed(self, claims: dict[str, Any], key: RSAKey | None = None, **header: str) -> str:
@@ -155,9 +161,8 @@ class FakeOidc:
         name = path.rpartition("/")[2].replace("-", "_")
         self.asked.append(name)
         time.sleep(self.slow_s)
-        answers = {
-            answer.__name__: answer for answer in (self.openid_configuration, self.jwks, self.authorize, self.token)
-        }
+        known = (self.openid_configuration, self.jwks, self.authorize, self.token, self.logout)
+        answers = {answer.__name__: answer for answer in known}
         return self.broken.get(name) or answers[name](said)
 
     def _handler(fake) -> type[BaseHTTPRequestHandler]:  # noqa: N805

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator
+from html import unescape
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -165,6 +167,30 @@ def test_somebody_signs_in_and_gets_to_where_they_wanted(browser: TestClient, pr
     ]
     assert browser.post("/logout", headers={"Origin": HOST}).status_code == 303
     assert browser.get("/info/", headers={"Accept": "*/*"}).status_code == 401
+
+
+def test_whoever_logs_out_is_told_how_to_log_out_of_the_provider(browser: TestClient, provider: FakeOidc) -> None:
+    provider.discovery = {"end_session_endpoint": f"{provider.issuer}/logout"}
+    sign_in(browser)
+    answer = browser.post("/logout", headers={"Origin": HOST})
+    assert (answer.status_code, answer.headers["cache-control"]) == (200, "no-store")
+    assert browser.get("/info/", headers={"Accept": "*/*"}).status_code == 401
+    (address,) = re.findall(r'class="sign-on" href="([^"]+)"', answer.text)
+    assert "Yes, log me out" in httpx.get(unescape(address)).text
+
+
+@pytest.mark.parametrize(
+    "discovery",
+    [
+        {"end_session_endpoint": "http://elsewhere.example/logout"},
+        {"end_session_endpoint": None},
+        {"issuer": "another"},
+    ],
+)
+def test_logging_out_needs_no_provider(browser: TestClient, provider: FakeOidc, discovery: dict[str, Any]) -> None:
+    provider.discovery = discovery
+    answer = browser.post("/logout", headers={"Origin": HOST})
+    assert (answer.status_code, answer.headers["location"]) == (303, "/login")
 
 
 def test_the_cookies_are_for_this_site_and_for_no_script(api: FastAPI, provider: FakeOidc) -> None:

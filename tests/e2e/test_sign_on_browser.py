@@ -24,6 +24,7 @@ def provider() -> Iterator[FakeOidc]:
         pytest.fail(reason) if os.environ.get("E2E_TOOLS") == "required" else pytest.skip(reason)
     with FakeOidc("localhost") as provider:
         provider.asks = True
+        provider.discovery = {"end_session_endpoint": f"{provider.issuer}/logout"}
         yield provider
 
 
@@ -56,6 +57,11 @@ def test_a_person_comes_back_from_the_provider_logged_in(server: LiveServer, pro
         page.get_by_text("You are logged in as oidc:grace (annotator).").wait_for()
         browser.screenshot("sign-on-2-logged-in")
         page.get_by_role("button", name="Log out").click()
+        page.get_by_role("link", name="Log in again").wait_for()
+        browser.screenshot("sign-on-4-logged-out")
+        page.get_by_role("link", name="Log out of St. Elsewhere").click()
+        page.get_by_role("button", name="Yes, log me out").wait_for()
+        page.goto(f"{server.url}/viewer/")
         page.get_by_label("User name").wait_for()
         assert browser.problems == []
 

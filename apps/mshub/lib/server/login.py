@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from urllib.parse import quote, urlsplit
 
 from fastapi import Form, HTTPException, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from fastapi.routing import APIRoute
 
@@ -74,6 +75,11 @@ SIGNED_ON = """<p>You are logged in. <a href="{next}">Go on</a></p>
 WELCOME = """<p>You are logged in as <b>{name}</b> ({role}).</p>
 <p><a href="{start}">Open the viewer</a></p>
 <form method="post" action="/logout"><button>Log out</button></form>
+"""
+LOGGED_OUT = """<p>You are logged out of MSHub. If you signed in with {provider}, you are still logged in there, and
+the next person at this browser could enter in your name.</p>
+<a class="sign-on" href="{address}">Log out of {provider}</a>
+<p><a href="/login">Log in again</a></p>
 """
 OPEN = """<p>This server has no users: it answers this machine only, and nobody has to log in.</p>
 <p><a href="{start}">Open the viewer</a></p>
@@ -191,10 +197,13 @@ class Login:
         answer.delete_cookie(SIGN_ON_COOKIE, BEGIN, httponly=True, samesite="lax")
         return answer
 
-    def log_out(self, request: Request) -> Response:
-        """End a browser's login."""
-        self._guards().logins.close(request.cookies.get(COOKIE, ""))
-        answer = RedirectResponse("/login", 303, headers=NO_STORE)
+    async def log_out(self, request: Request) -> Response:
+        """End a browser's login; who signed in at a provider is told how to log out there, too."""
+        await run_in_threadpool(self._guards().logins.close, request.cookies.get(COOKIE, ""))
+        answer: Response = RedirectResponse("/login", 303, headers=NO_STORE)
+        if (sign_on := self._find_sign_on()) and (address := await _end_of(sign_on)):
+            told = LOGGED_OUT.format(address=escape(address), provider=escape(sign_on.settings.provider))
+            answer = _page("Logged out", told)
         answer.delete_cookie(COOKIE, httponly=True, samesite="strict")
         return answer
 
@@ -233,6 +242,13 @@ class Login:
         guards.strangers.take_back(address)
         audit.note(user=user.name, role=user.role)
         return guards.logins.open(user)
+
+
+async def _end_of(sign_on: SignOn) -> str:
+    try:
+        return await sign_on.end()
+    except HTTPException:  # it is down
+        return ""
 
 
 def _network(request: Request) -> str:

@@ -17,6 +17,7 @@ from datetime import datetime, timezone
 from typing import Any, NamedTuple
 
 import anyio
+import httpx
 from authlib.integrations.starlette_client import OAuthError, StarletteOAuth2App
 from fastapi import HTTPException
 from joserfc.errors import ClaimError, JoseError
@@ -43,6 +44,8 @@ LEEWAY_S = 60
 ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA")
 """Signatures that are taken. Never ``none``, nor those by a secret that both sides know, whatever the provider says."""
 ENDPOINTS = ("authorization_endpoint", "token_endpoint", "jwks_uri")
+LOG_OUT = "end_session_endpoint"
+"""Not every provider has one (OpenID Connect RP-Initiated Logout 1.0)."""
 GUEST_PREFIX = "oidc:"
 """Before the names of people who are no users here; no user's name can begin with it."""
 LONGEST_NAME = 64
@@ -97,6 +100,8 @@ class Provider(StarletteOAuth2App):  # type: ignore[misc]
         if unsafe:
             raise ConfigError(f"the provider's {', '.join(unsafe)} begins with no https://")
         kept = {name: found[name] for name in ("issuer", *ENDPOINTS)}
+        if is_safe(str(found.get(LOG_OUT, ""))):
+            kept[LOG_OUT] = found[LOG_OUT]
         return {**kept, "id_token_signing_alg_values_supported": list(ALGORITHMS)}
 
 
@@ -139,6 +144,12 @@ class SignOn:
                 begun.redirect_uri, code=code, code_verifier=begun.code_verifier
             )
             return await self._checked_claims(token, begun.nonce), begun.next
+
+    async def end(self) -> str:
+        """Return where somebody logs out of the provider, which asks them first; empty if it has no such address."""
+        with self._asking():
+            address = (await self._provider.load_server_metadata()).get(LOG_OUT, "")
+        return str(httpx.URL(address).copy_merge_params({"client_id": self.settings.client_id})) if address else ""
 
     def user_of(self, claims: dict[str, Any], users: UserFile) -> tuple[User, bool]:
         """Return who somebody is here, and whether as a guest, whose role comes from the provider."""
