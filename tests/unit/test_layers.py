@@ -47,7 +47,8 @@ LIBRARY_LAYERS = (
 APP_LAYERS = (
     *("lib.faults", "lib.audit", "lib.free_space", "lib.index_file", "lib.index_journal", "lib.indexed_folder"),
     *("lib.label_note", "lib.label_folder", "lib.janitor", "lib.sessions", "lib.background", "lib.oidc_settings"),
-    *("lib.conf", "lib.activity", "lib.digests", "lib.reviews", "lib.datastore"),
+    *("lib.conf", "lib.activity", "lib.digests", "lib.reviews", "lib.refused_labels", "lib.dataset_archive"),
+    "lib.datastore",
     *("lib.pacs_session", "lib.pacs_errors", "lib.pacs_client", "lib.pacs_download", "lib.pacs_images"),
     *("lib.pacs_labels", "lib.pacs_sending", "lib.pacs", "lib.exports"),
     *("lib.infers", "lib.trainers", "lib.activelearning", "lib.warm_up", "lib.app", "lib.server", "main"),

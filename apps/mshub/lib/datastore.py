@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
-import shutil
-import tempfile
 import threading
 import time
-import zipfile
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack
-from datetime import datetime, timezone
+from collections.abc import Callable, Collection, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,12 +16,14 @@ from fastapi import HTTPException
 from monailabel.interfaces.datastore import DefaultLabelTag
 
 from lib import audit
+from lib.dataset_archive import write_archive
 from lib.faults import as_http_errors, check_name
 from lib.free_space import check_space
 from lib.label_folder import IMAGE_ENDINGS, LabelFolder, ending_of
+from lib.refused_labels import RefusedLabels
 from lib.reviews import patient_of, reviewed_case
 from mshub.agreement import agreement
-from mshub.atomic_file import replace_by_copy, replace_json
+from mshub.atomic_file import replace_by_copy
 from mshub.card_tables import Channel
 from mshub.case_folders import PATIENTS, read_patients
 from mshub.cases import ReviewedCase
@@ -42,7 +38,6 @@ from mshub.volume_io import read_grid, read_volume
 logger = logging.getLogger(__name__)
 
 FIRST_CHANNEL = "_0000"
-FIRST_ZIP_DATE = (1980, 1, 1, 0, 0, 0)
 MOST_COMPARED = 300
 """So many labels say what volume of a structure is usual; more would cost more and say the same."""
 _CHANNEL = re.compile(r"(?P<case>.+)_(?P<number>\d{4})")
@@ -372,21 +367,11 @@ class StudiesFolder(LabelFolder):
 
     def get_dataset_archive(self, limit_cases: int | None) -> str:
         """Return a new ZIP of images that have a final label, and these labels; 404 if there are none."""
-        written = 0
-        with tempfile.NamedTemporaryFile(suffix=".zip", delete=False) as file:
-            try:
-                with zipfile.ZipFile(file, "w") as archive:
-                    for pair in self.datalist():
-                        if limit_cases and written >= limit_cases > 0:
-                            break
-                        written += _add_pair(archive, pair)
-                    archive.writestr("metadata.json", self._datastore.model_dump_json(exclude={"base_path"}))
-                if not written:
-                    raise HTTPException(404, "There is no image with a final label yet: nothing to download.")
-            except BaseException:
-                Path(file.name).unlink(missing_ok=True)
-                raise
-        return file.name
+        metadata = self._datastore.model_dump_json(exclude={"base_path"})
+        path = write_archive(self.datalist(), limit_cases or 0, metadata)
+        if path is None:
+            raise HTTPException(404, "There is no image with a final label yet: nothing to download.")
+        return str(path)
 
     def _list_files(self, path: str, patterns: list[str]) -> dict[str, str]:
         """Return the files of a folder without the second and further channels of a case.
@@ -400,22 +385,6 @@ class StudiesFolder(LabelFolder):
         return {name: file for name, file in found.items() if not _is_further_channel(name, found)}
 
 
-class RefusedLabels:
-    """Labels nobody could use as they came: kept, with the reason, for the person who drew them."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def keep(self, label: Path, image_id: str, tag: str, info: dict[str, Any], reason: str) -> str:
-        """Copy `label` aside, with a ``.json`` of the reason and the request beside it; returns its name."""
-        stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S.%f")
-        name = f"{image_id}_{stamp}{''.join(label.suffixes[-2:])}"
-        replace_by_copy(label, self._folder / name)
-        facts = {"image": image_id, "tag": tag, "reason": reason, "params": info}
-        replace_json(self._folder / f"{name}.json", facts)
-        return f"{self._folder.name}/{name}"
-
-
 def _volumes_ml(correction: Correction, structures: Sequence[str]) -> dict[str, float]:
     voxel_ml = prod(correction.labels.grid.spacing_xyz_mm) / 1000
     return {name: round(correction.voxels[name] * voxel_ml, 4) for name in structures}
@@ -425,22 +394,6 @@ def _origin(prelabel: dict[str, Any]) -> dict[str, Any] | None:
     """Return model and version of the pre-label a correction started from; None without one."""
     params = prelabel.get("params", {})
     return {"model": params["model"], "version": params["model_version"]} if "model_version" in params else None
-
-
-def _add_pair(archive: zipfile.ZipFile, pair: Mapping[str, str]) -> bool:
-    """Add an image and its label to a ZIP, or neither if one is gone; what is open may be removed meanwhile."""
-    with ExitStack() as stack:
-        try:
-            opened = {kind: stack.enter_context(Path(path).open("rb")) for kind, path in pair.items()}
-        except FileNotFoundError:
-            return False
-        for kind, source in opened.items():
-            found, name = os.fstat(source.fileno()), f"{kind}/{Path(pair[kind]).name}"
-            entry = zipfile.ZipInfo(name, max(time.localtime(found.st_mtime)[:6], FIRST_ZIP_DATE))
-            entry.file_size, entry.external_attr = found.st_size, found.st_mode << 16
-            with archive.open(entry, "w") as target:
-                shutil.copyfileobj(source, target)
-    return True
 
 
 def _is_text(name: str) -> bool:
