@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 RESOURCES = ("studies", "series", "instances")
 """First parts of the paths of DICOMweb; a PACS has other services under the same roof."""
+_PART = re.compile(r"(?!\.+$)[A-Za-z0-9.,_-]+")
+"""UIDs, lists of frames, tags, words. Whatever is escaped once more, httpx and the PACS would unfold to another path."""
 _STORE = re.compile(r"studies(/[0-9.]+)?")
 _SENT = ("accept", "accept-encoding", "content-type", "range")
 _RETURNED = ("content-type", "content-encoding", "content-length", "content-range", "etag", "last-modified", "warning")
@@ -92,7 +94,7 @@ def _path(path: str, method: str) -> str:
         }
         prefix = (prefixes[service] or "").strip("/")
     parts = path.split("/")
-    if parts[0] not in RESOURCES or any(part in ("", ".", "..") or "\\" in part for part in parts):
+    if parts[0] not in RESOURCES or not all(map(_PART.fullmatch, parts)):
         raise HTTPException(404, f"{path[:80]!r} is no path of DICOMweb; expected one below {', '.join(RESOURCES)}.")
     if method == "POST" and not _STORE.fullmatch(path):
         raise HTTPException(405, f"Objects are stored at studies, not at {path[:80]!r}.")
