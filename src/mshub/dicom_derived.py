@@ -49,6 +49,7 @@ _FORMS = {
     "PatientSex": r"[MFO]",
     "PatientAge": r"\d{3}[DWMY]",
     "PatientIdentityRemoved": r"YES|NO",
+    **dict.fromkeys(("PatientSize", "PatientWeight"), r"(?=.{1,16}$)[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"),
 }
 
 

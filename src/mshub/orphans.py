@@ -23,11 +23,13 @@ def naming_itself(environment: Mapping[str, str] | None = None) -> dict[str, str
     return {**(os.environ if environment is None else environment), STARTER: str(os.getpid())}
 
 
-def when_orphaned(act: Callable[[], None]) -> None:
-    """Call `act`, in a thread, once the process that named itself to this one is gone; never where none did."""
+def when_orphaned(act: Callable[[], None]) -> bool:
+    """Call `act`, in a thread, once the process that named itself to this one is gone; return whether one did."""
     starter = os.environ.pop(STARTER, "")  # what this process starts has another parent
-    if starter and int(starter) != os.getpid():
+    has_starter = bool(starter) and int(starter) != os.getpid()
+    if has_starter:
         _watch(int(starter), act)
+    return has_starter
 
 
 def forks_end_with_this_process() -> None:

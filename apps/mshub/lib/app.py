@@ -81,7 +81,7 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
     """
 
     def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
-        background.end_with_server()
+        self._is_task = background.end_with_server()
         self.config = Config.parse(conf or {})
         self.store = ModelStore(self.config.home)
         self.cache = NetworkCache(int(self.config.cache_gb * 2**30), self.store.prepared_networks)
@@ -138,6 +138,7 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
             self._structure_overrides,
             self.store.home / "refused-labels",
             [kind.strip() for kind in str(search.get("Modality") or "CT,MR").split(",")],
+            exchanges_labels=not self._is_task,
             auto_reload=settings.MONAI_LABEL_DATASTORE_AUTO_RELOAD,
             read_only=settings.MONAI_LABEL_DATASTORE_READ_ONLY,
         )

@@ -14,9 +14,9 @@ def begin() -> None:
     os.environ.update(naming_itself({}))
 
 
-def end_with_server() -> None:
-    """End this process once the server that started it is gone; in the server itself nothing happens."""
-    when_orphaned(end_at_once)
+def end_with_server() -> bool:
+    """End this process once the server that started it is gone, and return whether one did: this is none itself."""
+    return when_orphaned(end_at_once)
 
 
 def end_all() -> None:

@@ -63,10 +63,12 @@ class LabelFolder(IndexedFolder):
         return [image for image, entry in objects if tag in entry.labels and is_so(entry.labels[tag].info)]
 
     @contextmanager
-    def changing_label(self, image_id: str, is_so: Callable[[dict[str, Any]], bool]) -> Iterator[dict[str, Any] | None]:
-        """Give what is known of that label of an image, whatever its tag is by now, to be changed; None without one."""
+    def changing_label(
+        self, image_id: str, is_so: Callable[[str, dict[str, Any]], bool]
+    ) -> Iterator[dict[str, Any] | None]:
+        """Give what is known of one label of an image to be changed: the one whose tag and info are so; or None."""
         with self._changing(image_id) as entry:
-            yield next((label.info for label in entry.labels.values() if is_so(label.info)), None)
+            yield next((label.info for tag, label in entry.labels.items() if is_so(tag, label.info)), None)
 
     @property
     def _labels_folder(self) -> Path:

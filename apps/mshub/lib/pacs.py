@@ -57,6 +57,8 @@ WAIT_FOR_LABELS_S = 5.0
 """How long a request waits for the corrections of others to be taken in; a first time can take minutes."""
 UNUSED_S = 3600.0  # a copy somebody asked for within an hour is not swept away
 KEPT_HEADERS = 512
+MADE = "made"
+"""What a label's info says when it was made, if it was found in the PACS."""
 FACTS = (
     *("StudyInstanceUID", "SeriesInstanceUID", "PatientID", "Modality", "StudyDate", "StudyTime", "StudyDescription"),
     *("SeriesDescription", "SeriesNumber", COUNT),
@@ -79,6 +81,8 @@ class PacsStudies(StudiesFolder):
         Where labels that were refused are kept.
     modalities : sequence of str
         Which series are images.
+    exchanges_labels : bool
+        Sends labels to the PACS, and takes in those it finds there: one process alone does, or both would.
     auto_reload, read_only : bool
         MONAI Label's.
     """
@@ -91,12 +95,14 @@ class PacsStudies(StudiesFolder):
         overrides: Callable[[], Mapping[str, StructureOverride]],
         refused: Path,
         modalities: Sequence[str],
+        exchanges_labels: bool = True,
         auto_reload: bool = False,
         read_only: bool = False,
     ) -> None:
         self._client, self.overrides, self._modalities = client, overrides, tuple(modalities)
         self._files = SeriesFiles(Path(folder), client)
         self._labels = PacsLabels(Path(folder) / "segs.json", client)
+        self._exchanges = exchanges_labels
         self._sender = LabelSender(self, self._files, client, self._labels, overrides)
         self._listing, self._taking = threading.Lock(), threading.Lock()
         self._listed: dict[str, dict[str, str]] = {}
@@ -305,10 +311,11 @@ class PacsStudies(StudiesFolder):
             kept = self._refused.keep(Path(label_filename), image_id, label_tag, label_info, str(error.detail))
             detail = f"{error.detail} The submitted file is kept on the server as {kept}."
             raise HTTPException(error.status_code, detail) from error
-        waits = waiting_note() if label_tag == FINAL else {}
+        info = {**label_info, "pacs": waiting_note() if label_tag == FINAL else {}}
+        info.pop(MADE, None)
         with self._on_grid(image_id, Path(label_filename)) as path:
-            stored = super().save_label(image_id, str(path), label_tag, {**label_info, "pacs": waits})
-        if label_tag == FINAL:
+            stored = super().save_label(image_id, str(path), label_tag, info)
+        if label_tag == FINAL and self._exchanges:
             self._sender.send(image_id)
         return stored
 
@@ -379,26 +386,31 @@ class PacsStudies(StudiesFolder):
     def _series(self, *, asked_for: str = "") -> dict[str, dict[str, str]]:
         """Return the image series of the PACS, and take those not known yet into the index.
 
-        Somebody who asks for a series that was not there a moment ago has the PACS asked again.
+        Somebody who asks for a series that was not there a moment ago has the PACS asked again, for that one.
         """
         with self._listing:
             started = time.monotonic()
-            new = bool(asked_for) and asked_for not in self._listed
-            if new or started > self._listed_until:
+            if started > self._listed_until:
                 found = [item for kind in self._modalities for item in self._client.series(Modality=kind)]
-                studies = Counter(str(item.SeriesInstanceUID) for item in found)
-                self._ambiguous = {uid for uid, count in studies.items() if count > 1}
-                self._listed = {
-                    str(item.SeriesInstanceUID): text_of(item, FACTS)
-                    for item in found
-                    if _is_uid(str(item.SeriesInstanceUID)) and str(item.SeriesInstanceUID) not in self._ambiguous
-                }
-                self._register(self._listed)
+                self._listed, self._ambiguous = _by_uid(found)
                 self._listed_at = time.monotonic()
                 self._listed_until = self._listed_at + _pause(self._listed_at - started, LISTED_S)
+                self._register(self._listed)
+            elif asked_for and asked_for not in self._listed:
+                found = [
+                    item for item in self._client.series(SeriesInstanceUID=asked_for) if self._is_asked(item, asked_for)
+                ]
+                new, ambiguous = _by_uid(found)
+                self._listed, self._ambiguous = self._listed | new, self._ambiguous | ambiguous
+                self._register(new)
             listed = self._listed
-        self._sender.send_waiting()
+        if self._exchanges:
+            self._sender.send_waiting()
         return listed
+
+    def _is_asked(self, header: Dataset, series: str) -> bool:
+        """Return whether a PACS that may pay no heed to what it is asked tells of this series, and it is an image."""
+        return str(header.SeriesInstanceUID) == series and str(header.get("Modality")) in self._modalities
 
     def _register(self, listed: Mapping[str, Mapping[str, str]]) -> None:
         """Take into the index what is new, and what has changed: while the PACS is down, that is what is known."""
@@ -484,6 +496,8 @@ class PacsStudies(StudiesFolder):
 
     def _look_for_labels(self, study: str | None = None) -> None:
         """Take in what is new, of one study or of all; a PACS that is down has nothing to give."""
+        if not self._exchanges:
+            return
         started = time.monotonic()
         try:
             for finding in self._labels.find(self._series(), self.structures(), study):
@@ -498,6 +512,9 @@ class PacsStudies(StudiesFolder):
 
     def _take(self, finding: Finding) -> None:
         """Make a label of one SEG: the final one if it is the newest, or else one of the versions."""
+        if self._has_label_of(finding):  # what became of it was noted, and is lost
+            self._labels.note(finding.series, finding.instance, TAKEN, finding.image)
+            return
         try:
             self.get_image_uri(finding.image)
             stack = self._files.stack(finding.image)
@@ -509,9 +526,19 @@ class PacsStudies(StudiesFolder):
             if error.status_code >= 500:  # the PACS does not answer: another time
                 raise PacsError(str(error.detail)) from error
             self._refuse(finding, str(error.detail))
+        except OSError:  # a full disk: another time
+            raise
+        except Exception as error:  # of one whose like nobody has seen; the others are taken all the same
+            self._refuse(finding, f"it cannot be read ({type(error).__name__})")
         else:
             self._labels.note(finding.series, finding.instance, TAKEN, finding.image)
             logger.info("%s: a correction was found in the PACS (%s)", finding.image, finding.instance)
+
+    def _has_label_of(self, finding: Finding) -> bool:
+        """Return whether a label here was made of this SEG, or it of a label here."""
+        known = self._datastore.objects.get(finding.image)
+        notes = [label.info.get("pacs") or {} for label in known.labels.values()] if known else []
+        return any(note.get("SOPInstanceUID") == finding.instance for note in notes)
 
     def _keep(self, finding: Finding, labels: SegLabels, stack: SeriesStack) -> None:
         known = {fold(name): name for name in self.structures()}
@@ -537,13 +564,13 @@ class PacsStudies(StudiesFolder):
             path = Path(folder) / "label.nii.gz"
             write_nifti(path, stack.from_slices(array), stack.grid)
             super().save_label(
-                finding.image, str(path), self._tag_for(finding), {**info, "made": finding.created.isoformat()}
+                finding.image, str(path), self._tag_for(finding), {**info, MADE: finding.created.isoformat()}
             )
 
     def _tag_for(self, finding: Finding) -> str:
         """Return ``final``, or the next ``version_N`` for a SEG that is older than the final label."""
         info = self.get_label_info(finding.image, FINAL)
-        moment = info.get("made") or info.get("submitted")
+        moment = info.get(MADE) or info.get("submitted")
         if not moment or datetime.fromisoformat(moment).astimezone(timezone.utc) <= finding.created:
             return FINAL
         version: str = self._next_version(finding.image)
@@ -557,6 +584,14 @@ class PacsStudies(StudiesFolder):
 def _pause(took_s: float, least_s: float) -> float:
     """Return how long not to ask again after an answer that took so long."""
     return max(least_s, took_s / SHARE_OF_ASKING) if took_s > SLOW_S else least_s
+
+
+def _by_uid(found: Sequence[Dataset]) -> tuple[dict[str, dict[str, str]], set[str]]:
+    """Return what the PACS says of series, by UID, and the UIDs that several studies have."""
+    studies = Counter(str(item.SeriesInstanceUID) for item in found)
+    ambiguous = {uid for uid, count in studies.items() if count > 1}
+    facts = {uid: text_of(item, FACTS) for item in found if _is_uid(uid := str(item.SeriesInstanceUID))}
+    return {uid: said for uid, said in facts.items() if uid not in ambiguous}, ambiguous
 
 
 def _is_uid(text: str) -> bool:

@@ -37,13 +37,13 @@ LABEL_INFO = {"label_info": [{"name": name, "idx": value} for name, value in NAM
 
 
 @pytest.fixture
-def open_pacs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[FakePacs], PacsStudies]:
+def open_pacs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., PacsStudies]:
     """Return a function that opens a datastore on a PACS, which forgets nothing it has looked up for a while."""
     for name in ("LISTED_S", "SEEN_S"):
         monkeypatch.setattr(pacs_module, name, -1.0)
     monkeypatch.setattr(pacs_sending, "RETRY_S", -1.0)
 
-    def opened(client: FakePacs) -> PacsStudies:
+    def opened(client: FakePacs, **options: Any) -> PacsStudies:
         return PacsStudies(
             client,  # type: ignore[arg-type]
             str(tmp_path / "copies"),
@@ -51,9 +51,22 @@ def open_pacs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Fake
             dict,
             tmp_path / "refused",
             ("CT", "MR"),
+            **options,
         )
 
     return opened
+
+
+def sent_again(pacs: PacsStudies) -> dict[str, Any]:
+    """Let labels be sent that wait; returns what is noted of that of `MAKER`."""
+    pacs.list_images()
+    pacs._sender._again.join(10)
+    assert not pacs._sender._again.is_alive()
+    return dict(pacs.get_label_info(MAKER.uid, "final")["pacs"])
+
+
+def segs_in(remote: FakePacs) -> list[str]:
+    return [str(item.SOPInstanceUID) for item in remote.objects if item.Modality == "SEG"]
 
 
 @pytest.fixture
@@ -245,8 +258,7 @@ def test_a_label_is_kept_while_the_pacs_is_down_and_sent_once_it_answers(open_pa
     assert "sent later" in note["message"]
     assert pacs.status()["completed"] == 1
     remote.down = False
-    pacs.list_images()
-    assert pacs.get_label_info(MAKER.uid, "final")["pacs"]["stored"]
+    assert sent_again(pacs)["stored"]
     assert [item.Modality for item in remote.objects].count("SEG") == 1
 
 
@@ -265,8 +277,7 @@ def test_a_full_disk_after_a_label_was_stored_is_no_reason_to_say_it_was_not(
     monkeypatch.undo()
     again = open_pacs(remote)
     assert again.get_label_info(MAKER.uid, "final")["pacs"]["waits"]
-    again.list_images()
-    assert again.get_label_info(MAKER.uid, "final")["pacs"]["stored"]
+    assert sent_again(again)["stored"]
 
 
 def test_a_label_that_the_pacs_kept_without_an_answer_is_not_sent_twice(open_pacs: Any, label: Path) -> None:
@@ -276,10 +287,9 @@ def test_a_label_that_the_pacs_kept_without_an_answer_is_not_sent_twice(open_pac
     pacs.save_label(MAKER.uid, str(label), "final", LABEL_INFO)
     assert not pacs.get_label_info(MAKER.uid, "final")["pacs"]["stored"]
     remote.hangs_up = False
-    again = open_pacs(remote)
-    again.list_images()
-    stored = [item.SOPInstanceUID for item in remote.objects if item.Modality == "SEG"]
-    assert [again.get_label_info(MAKER.uid, "final")["pacs"]["SOPInstanceUID"]] == stored
+    note = sent_again(open_pacs(remote))
+    assert note["stored"]
+    assert [note["SOPInstanceUID"]] == segs_in(remote)
 
 
 def test_what_became_of_a_label_is_noted_with_that_one_though_another_was_submitted_meanwhile(
@@ -336,8 +346,174 @@ def test_what_the_pacs_will_never_take_is_said_and_not_sent_again(open_pacs: Any
     note = pacs.get_label_info(MAKER.uid, "final")["pacs"]
     assert "empty" in note["message"]
     assert not note["waits"]
+    assert sent_again(pacs) == note
+    assert segs_in(remote) == []
+
+
+def test_a_label_that_is_refused_holds_up_nobody_and_is_tried_less_and_less_often(
+    open_pacs: Any, label: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = FakePacs(MAKER.slices())
+    pacs = open_pacs(remote)
+    remote.refuses_objects = True
+    pacs.save_label(MAKER.uid, str(label), "final", LABEL_INFO)
+    monkeypatch.setattr(pacs_sending, "RETRY_S", 0.05)
+    asked = threading.Event()
+    monkeypatch.setattr(pacs._sender, "_stored", lambda *_: (asked.wait(10), {"message": "refused"})[1])
+    pacs._sender._again.join(10)
+    pacs._sender._pauses.clear()
     pacs.list_images()
-    assert not [item for item in remote.objects if item.Modality == "SEG"]
+    assert pacs._sender._again.is_alive(), "asked for images, one waits for no label"
+    asked.set()
+    pacs._sender._again.join(10)
+    monkeypatch.undo()
+    pauses = []
+    for _ in range(3):
+        pacs._sender.send(MAKER.uid)
+        pauses.append(pacs._sender._pauses[MAKER.uid][1])
+    assert [pause / pauses[0] for pause in pauses] == [1, 2, 4]
+
+
+def test_one_label_that_cannot_be_made_does_not_keep_back_the_others(
+    open_pacs: Any, label: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = SeriesMaker("another one", seed=2)
+    remote = FakePacs(MAKER.slices(), other.slices())
+    pacs = open_pacs(remote)
+    remote.refuses_objects = True
+    for uid in (MAKER.uid, other.uid):
+        pacs.save_label(uid, str(label), "final", LABEL_INFO)
+    pacs._sender._again.join(10)
+    remote.refuses_objects = False
+    write = pacs_sending.write_seg
+
+    def of_the_other(path: Path, labels: Any, names: Any, stack: Any, facts: Any) -> Any:
+        if str(stack.headers[0].SeriesInstanceUID) == MAKER.uid:
+            raise ValueError(f"{stack.headers[0].PatientName} is what the header says")
+        return write(path, labels, names, stack, facts)
+
+    monkeypatch.setattr(pacs_sending, "write_seg", of_the_other)
+    note = sent_again(pacs)
+    assert (note["stored"], note["waits"]) == (False, False)
+    assert "ValueError" in note["message"]
+    assert "of_the_other" in caplog.text
+    assert str(MAKER.slices()[0].PatientName) not in caplog.text + note["message"]
+    assert pacs.get_label_info(other.uid, "final")["pacs"]["stored"]
+
+
+def test_an_odd_value_in_a_header_stays_behind(open_pacs: Any, label: Path) -> None:
+    slices = MAKER.slices()
+    for one in slices:
+        one.PatientWeight = "70.5"
+        one[0x00101020] = pydicom.dataelem.RawDataElement(pydicom.tag.Tag(0x00101020), "DS", 4, b"1,75", 0, False, True)
+    remote = FakePacs(slices)
+    pacs = open_pacs(remote)
+    pacs.save_label(MAKER.uid, str(label), "final", LABEL_INFO)
+    assert pacs.get_label_info(MAKER.uid, "final")["pacs"]["stored"]
+    (seg,) = [item for item in remote.objects if item.Modality == "SEG"]
+    assert "PatientSize" not in seg
+    assert seg.PatientWeight == 70.5
+
+
+def test_a_series_whose_copy_was_removed_is_fetched_again_to_send_its_label(open_pacs: Any, label: Path) -> None:
+    remote = FakePacs(MAKER.slices())
+    pacs = open_pacs(remote)
+    remote.refuses_objects = True
+    pacs.save_label(MAKER.uid, str(label), "final", LABEL_INFO)
+    pacs._files.drop(MAKER.uid, 0)
+    remote.refuses_objects = False
+    assert sent_again(pacs)["stored"]
+    assert len(segs_in(remote)) == 1
+
+
+def test_a_label_from_before_labels_had_marks_is_sent_once(open_pacs: Any, label: Path) -> None:
+    remote = FakePacs(MAKER.slices())
+    pacs = open_pacs(remote)
+    pacs.save_prediction(MAKER.uid, label, "original", {"params": {}})
+    remote.refuses_objects = True
+    pacs.save_label(MAKER.uid, str(label), "final", LABEL_INFO)
+    pacs.update_label_info(MAKER.uid, "final", {"pacs": {"stored": False, "waits": True, "message": ""}})
+    remote.refuses_objects = False
+    assert sent_again(pacs)["stored"]
+    assert "pacs" not in pacs.get_label_info(MAKER.uid, "original")
+
+
+def test_a_process_of_the_server_neither_sends_labels_nor_takes_them_in(
+    open_pacs: Any, label: Path, tmp_path: Path
+) -> None:
+    remote = FakePacs(MAKER.slices())
+    server = open_pacs(remote)
+    remote.refuses_objects = True
+    server.save_label(MAKER.uid, str(label), "final", LABEL_INFO)
+    remote.refuses_objects = False
+    remote.objects.append(seg(tmp_path))
+    task = open_pacs(remote, exchanges_labels=False)
+    task.save_label(MAKER.uid, str(label), "final", LABEL_INFO)
+    assert task.list_images() == task.get_labeled_images() == [MAKER.uid]
+    assert task.take_in(MAKER.uid) == []
+    assert task.get_label_info(MAKER.uid, "final")["client_id"] == "dr"
+    assert len(segs_in(remote)) == 1
+    assert sent_again(server)["stored"], "the server does"
+
+
+def test_a_label_of_ours_is_not_taken_for_anothers_though_the_notes_are_lost(
+    open_pacs: Any, label: Path, tmp_path: Path
+) -> None:
+    remote = FakePacs(MAKER.slices())
+    open_pacs(remote).save_label(MAKER.uid, str(label), "final", LABEL_INFO)
+    (tmp_path / "copies" / "segs.json").write_text("{damaged")
+    again = open_pacs(remote)
+    again.take_in(MAKER.uid)
+    assert set(again.get_labels_by_image_id(MAKER.uid)) == {"final"}
+    assert again.get_label_info(MAKER.uid, "final")["client_id"] == "dr"
+
+
+@pytest.mark.parametrize("made", ["never", "9999-01-01T00:00:00+00:00"])
+def test_when_a_label_was_made_is_nobodys_to_say(open_pacs: Any, label: Path, tmp_path: Path, made: str) -> None:
+    remote = FakePacs(MAKER.slices())
+    pacs = open_pacs(remote)
+    pacs.save_label(MAKER.uid, str(label), "final", {**LABEL_INFO, "made": made})
+    later = seg(tmp_path)
+    later.ContentDate = "20990101"
+    remote.objects.append(later)
+    pacs.take_in(MAKER.uid)
+    assert pacs.get_label_info(MAKER.uid, "final")["pacs"]["SOPInstanceUID"] == later.SOPInstanceUID
+
+
+def test_one_odd_object_in_the_pacs_does_not_keep_back_the_others(
+    open_pacs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = FakePacs(MAKER.slices())
+    odd, fine = seg(tmp_path), seg(tmp_path)
+    odd.ContentDate = "19990101"
+    remote.objects += [odd, fine]
+    pacs, read = open_pacs(remote), pacs_module.read_seg
+
+    def reads(dataset: Any, stack: Any) -> Any:
+        if dataset is odd:
+            raise KeyError("of pydicom")
+        return read(dataset, stack)
+
+    monkeypatch.setattr(pacs_module, "read_seg", reads)
+    assert [left["SOPInstanceUID"] for left in pacs.take_in(MAKER.uid)] == [odd.SOPInstanceUID]
+    assert pacs.get_label_info(MAKER.uid, "final")["pacs"]["SOPInstanceUID"] == fine.SOPInstanceUID
+
+
+def test_who_asks_for_a_series_that_is_not_there_has_the_pacs_asked_for_that_one(
+    open_pacs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pacs_module, "LISTED_S", 60.0)
+    remote, other = FakePacs(MAKER.slices()), SeriesMaker("just arrived")
+    pacs, asked, listing = open_pacs(remote), list[dict[str, str]](), remote.series
+    pacs.list_images()
+    monkeypatch.setattr(remote, "series", lambda **search: (asked.append(search), listing())[1])  # heeds no filter
+    for _ in range(2):
+        with pytest.raises(HTTPException, match="has no CT"):
+            pacs.get_image_info(other.uid)
+    remote.objects += other.slices()
+    assert pacs.get_image_info(other.uid)["SeriesInstanceUID"] == other.uid
+    assert [search for search in asked if search] == [{"SeriesInstanceUID": other.uid}] * 3
+    assert set(pacs.list_images()) == {MAKER.uid, other.uid}
 
 
 def test_only_the_first_seconds_of_a_long_look_for_labels_are_waited_for(
@@ -485,8 +661,7 @@ def test_a_server_that_ended_before_the_label_was_sent_sends_it_when_it_is_back(
     pacs.save_label(MAKER.uid, str(label), "final", claimed)
     assert not [item for item in remote.objects if item.Modality == "SEG"]
     again = open_pacs(remote)
-    again.list_images()
-    assert again.get_label_info(MAKER.uid, "final")["pacs"]["stored"]
+    assert sent_again(again)["stored"]
     assert len([item for item in remote.objects if item.Modality == "SEG"]) == 1
 
 

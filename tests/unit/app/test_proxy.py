@@ -91,12 +91,34 @@ def test_addresses_of_the_pacs_within_answers_lead_through_the_proxy(viewer: Cal
 @pytest.mark.parametrize(
     "path",
     [
+        "studies/1.2/series/1.3/instances/1.4/frames/1,2",
+        "studies/1.2/series/1.3/instances/1.4/bulk/7fe00010",
+        "studies/1.2/series/1.3/instances/1.4/bulk/0040a730/1/0040a168",
+        "instances/1.4/rendered",
+    ],
+)
+def test_what_viewers_ask_for_is_passed_on(
+    viewer: Callable[..., TestClient], seen: list[httpx.Request], path: str
+) -> None:
+    assert viewer(fine).get(f"/proxy/dicom/{path}").content == b"pixels"
+    assert str(seen[0].url) == f"{ROOT}/{path}"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
         "",
         "system",
         "instances-of",
         "studies/..%2F..%2Fsystem",
         "studies//x",
         "studies/.%2E/x",
+        "studies/%252e%252e/%252e%252e/system",
+        "studies/..%252f..%252fsystem",
+        "studies/1%3Fx=1",
+        "studies/1%23",
+        "studies/1%5C2",
+        "studies/...",
         "qido/system",
         "http://a/",
         "wado",

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 RESOURCES = ("studies", "series", "instances")
 """First parts of the paths of DICOMweb; a PACS has other services under the same roof."""
 _PART = re.compile(r"(?!\.+$)[A-Za-z0-9.,_-]+")
-"""UIDs, lists of frames, tags, words. Whatever is escaped once more, httpx and the PACS would unfold to another path."""
+"""UIDs, lists of frames, tags, words. What is escaped once more, the PACS would unfold to another path."""
 _STORE = re.compile(r"studies(/[0-9.]+)?")
 _SENT = ("accept", "accept-encoding", "content-type", "range")
 _RETURNED = ("content-type", "content-encoding", "content-length", "content-range", "etag", "last-modified", "warning")
