@@ -24,12 +24,13 @@ from monailabel.endpoints.infer import ResultType, run_inference
 from monailabel.endpoints.user.auth import RBAC, User, get_current_user
 from monailabel.interfaces.datastore import DefaultLabelTag
 from monailabel.interfaces.exception import ImageNotFoundException
+from monailabel.interfaces.tasks.batch_infer import BatchInferImageType
 from monailabel.interfaces.utils.app import app_instance
 from starlette.middleware import Middleware
 from starlette.routing import Match
 from starlette.types import Scope
 
-from lib.faults import check_name
+from lib.faults import check_name, not_found
 from lib.oidc_settings import OidcSettings
 from lib.server.access import USER, Access, Guards, address_of, comes_from_one_person
 from lib.server.bodies import Bodies
@@ -67,11 +68,21 @@ INFER_OPTIONS = frozenset(
     }
 )
 """What a client may ask of a prediction; whatever else it sends goes no further."""
+BATCH_OPTIONS = (INFER_OPTIONS - {"series"}) | {
+    "images",
+    "labels",
+    "max_batch_size",
+    "max_workers",
+    "multi_gpu",
+    "gpus",
+}
+"""And of MONAI Label's batch: a process of its own, which would look for Python's modules where ``bundle_path`` says."""
 
 STOCK_VIEWER = Path(ohif.__file__).parent / "static" / "ohif"
 STOCK_FOLDERS = frozenset({".", "..", *(path.name for path in STOCK_VIEWER.glob("*") if path.is_dir())})
 """What is asked of the viewer that comes with MONAI Label and is no file."""
 
+_GPUS = re.compile(r"all|[0-9]{1,4}(,[0-9]{1,4})*")
 _CHECKSUM = re.compile(r"((SHA256|SHA512|MD5):)?[0-9a-fA-F]+")
 
 
@@ -123,6 +134,37 @@ def infer(
     except BaseException:
         _clean_up(background_tasks)
         raise
+
+
+def infer_batch(
+    user: Admin,
+    model: str,
+    images: BatchInferImageType = BatchInferImageType.IMAGES_ALL,
+    params: Annotated[Any, Body()] = None,
+    run_sync: bool = False,
+) -> Any:
+    """Run a model on many images, in a process of its own; see `BATCH_OPTIONS`."""
+    asked = _object(params, '{"label_tag": "original"}')
+    options = {name: value for name, value in asked.items() if name in BATCH_OPTIONS}
+    gpus = options.get("gpus") or "all"
+    if not isinstance(gpus, str) or not _GPUS.fullmatch(gpus):
+        raise HTTPException(400, f"gpus is {str(gpus)[:80]!r}; expected all, or numbers such as 0,1.")
+    return batch_infer.run(model, images, {**options, "gpus": gpus}, run_sync)
+
+
+def score_all(user: Admin, params: Annotated[Any, Body()] = None, run_sync: bool = False) -> Any:
+    """Run every scoring method; see `score`."""
+    _object(params, "{}")
+    return scoring.run(None, run_sync)
+
+
+def score(user: Admin, method: str, params: Annotated[Any, Body()] = None, run_sync: bool = False) -> Any:
+    """Run a scoring method, in a process of its own; `params` changes nothing: none here has options."""
+    _object(params, "{}")
+    known = app_instance().info()["scoring"]
+    if method not in known:
+        raise not_found("scoring method", method, sorted(known))
+    return scoring.run_method(method, None, run_sync)
 
 
 def create_session(
@@ -295,9 +337,7 @@ def stock_viewer(user: AnyUser, path: str) -> Any:
 
 def next_sample(request: Request, user: AnyUser, strategy: str, params: Annotated[Any, Body()] = None) -> Any:
     """Return the next case to label; a plain function, as the PACS is asked for its series."""
-    if params is not None and not isinstance(params, dict):
-        raise HTTPException(400, 'The request\'s body is no JSON object: expected options such as {"client_id": "me"}.')
-    sample = _next_case({**(params or {}), "strategy": strategy})
+    sample = _next_case({**_object(params, '{"client_id": "me"}'), "strategy": strategy})
     if "id" in sample and "authorization" in request.headers:
         _offer(request, sample["id"])
     return sample
@@ -325,9 +365,7 @@ def _offer(request: Request, image: str) -> None:
 
 def start_prelabelling(user: Annotator, model: str, params: Annotated[Any, Body()] = None) -> Any:
     """Start pre-labelling waiting or chosen cases; see `lib.activelearning.Prelabels.start` for the options."""
-    if params is not None and not isinstance(params, dict):
-        raise HTTPException(400, 'The request\'s body is no JSON object: expected options such as {"limit": 20}.')
-    return app_instance().start_prelabelling(model, params or {})
+    return app_instance().start_prelabelling(model, _object(params, '{"limit": 20}'))
 
 
 def list_prelabelling(user: AnyUser) -> Any:
@@ -405,14 +443,23 @@ def _session_exists(session_id: str) -> bool:
 
 
 def _train_params(params: Any, user: User) -> dict[str, Any]:
+    options = _object(params, '{"epochs": 20}')
+    return {**options, "client_id": options.get("client_id") or user.username}
+
+
+def _object(params: Any, example: str) -> dict[str, Any]:
+    """Return the options in a request's body; nothing stands for none."""
     if params is not None and not isinstance(params, dict):
-        raise HTTPException(400, 'The request\'s body is no JSON object: expected options such as {"epochs": 20}.')
-    return {**(params or {}), "client_id": (params or {}).get("client_id") or user.username}
+        raise HTTPException(400, f"The request's body is no JSON object: expected options such as {example}.")
+    return dict(params or {})
 
 
 ROUTES = (
     ("GET", "/info/", info, "App"),
     ("POST", "/infer/{model}", infer, "Infer"),
+    ("POST", "/batch/infer/{model}", infer_batch, "Infer"),
+    ("POST", "/scoring/", score_all, "Scoring"),
+    ("POST", "/scoring/{method}", score, "Scoring"),
     ("POST", "/train/", train, "Train"),
     ("POST", "/train/{model}", train_model, "Train"),
     ("GET", "/train/", train_status, "Train"),
