@@ -42,6 +42,7 @@ from lib.server.json_input import JsonRoute, json_object
 from lib.server.login import Login
 from lib.server.oidc import SignOn
 from lib.server.proxy import pass_on
+from lib.server.sent_files import SentOnce
 from lib.server.uploads import base_name, check_images, received, rename, volume_ending
 from lib.server.viewer import BuildFiles, add_viewer
 from lib.sessions import refuse_archive
@@ -68,15 +69,10 @@ INFER_OPTIONS = frozenset(
     }
 )
 """What a client may ask of a prediction; whatever else it sends goes no further."""
-BATCH_OPTIONS = (INFER_OPTIONS - {"series"}) | {
-    "images",
-    "labels",
-    "max_batch_size",
-    "max_workers",
-    "multi_gpu",
-    "gpus",
+BATCH_OPTIONS = INFER_OPTIONS - {"series"} | {
+    *("images", "labels", "max_batch_size", "max_workers", "multi_gpu", "gpus")
 }
-"""And of MONAI Label's batch: a process of its own, which would look for Python's modules where ``bundle_path`` says."""
+"""And of MONAI Label's batch, a process of its own, which would look for programs where ``bundle_path`` says."""
 
 STOCK_VIEWER = Path(ohif.__file__).parent / "static" / "ohif"
 STOCK_FOLDERS = frozenset({".", "..", *(path.name for path in STOCK_VIEWER.glob("*") if path.is_dir())})
@@ -129,11 +125,12 @@ def infer(
     rename(file, "image")
     try:
         if isinstance(output, DicomResult):
-            return _dicom_result(background_tasks, model, image, options, output)
-        return run_inference(background_tasks, model, image, session_id, json.dumps(options), file, None, output)
+            return _dicom_result(model, image, options, output)
+        answer = run_inference(background_tasks, model, image, session_id, json.dumps(options), file, None, output)
     except BaseException:
         _clean_up(background_tasks)
         raise
+    return _without_leftovers(answer, background_tasks)
 
 
 def infer_batch(
@@ -292,9 +289,8 @@ def save_label(
         return datastore.save_label(
             background_tasks, image, json.dumps(json_object(params, "params")), tag, label, user.username
         )
-    except BaseException:
+    finally:
         _clean_up(background_tasks)
-        raise
 
 
 def note_image_info(user: Admin, image: str, info: Annotated[str, Form()] = "{}") -> Any:
@@ -312,11 +308,10 @@ def note_label_params(user: Admin, label: str, tag: str, params: Annotated[str, 
     return note_label_info(user, label, tag, params)
 
 
-def dataset(background_tasks: BackgroundTasks, user: Admin, limit_cases: int | None = None) -> Response:
+def dataset(user: Admin, limit_cases: int | None = None) -> Response:
     """Return the images that have a final label, and these labels, as one ZIP; 404 if there are none."""
-    path = Path(app_instance().datastore().get_dataset_archive(limit_cases))
-    background_tasks.add_task(path.unlink, missing_ok=True)
-    return FileResponse(path, media_type="application/zip", filename="dataset.zip")
+    path = app_instance().datastore().get_dataset_archive(limit_cases)
+    return SentOnce(path, media_type="application/zip", filename="dataset.zip")
 
 
 def gpu(user: Admin) -> Any:
@@ -393,16 +388,13 @@ def labels(user: AnyUser, image: str) -> dict[str, Any]:
     return dict(app_instance().labels_of(image))
 
 
-def export(
-    user: AnyUser, background_tasks: BackgroundTasks, image: str, tag: str = "final", format: str = "nrrd"
-) -> Response:
+def export(user: AnyUser, image: str, tag: str = "final", format: str = "nrrd") -> Response:
     """Return a stored label as a file; ``nrrd`` is what a viewer reads pixel by pixel, with its names in a header."""
     check_name("label tag", tag)
     path, names = app_instance().export_of(image, tag, format)
-    background_tasks.add_task(path.unlink, missing_ok=True)
     media = "application/octet-stream" if format == "nrrd" else "application/dicom"
     headers = {"X-MSHub-Segments": json.dumps(names)}
-    return FileResponse(path, media_type=media, filename=f"{image}_{tag}{path.suffix}", headers=headers)
+    return SentOnce(path, media_type=media, filename=f"{image}_{tag}{path.suffix}", headers=headers)
 
 
 def channels(user: AnyUser, model: str, image: str) -> dict[str, Any]:
@@ -420,21 +412,27 @@ async def proxy(user: AnyUser, request: Request, path: str) -> Response:
     return await pass_on(request, path)
 
 
-def _dicom_result(
-    background_tasks: BackgroundTasks, model: str, image: str, options: dict[str, Any], output: DicomResult
-) -> Response:
+def _dicom_result(model: str, image: str, options: dict[str, Any], output: DicomResult) -> Response:
     """Return a prediction as a DICOM object, named and coded by the model's card."""
     if not image:
         raise HTTPException(400, f"output={output.value} needs ?image=ID of a series of the PACS.")
     path = app_instance().infer_dicom({**options, "model": model, "image": image}, output.name)
-    background_tasks.add_task(path.unlink, missing_ok=True)
-    return FileResponse(path, media_type="application/dicom", filename=f"{model}_{image}.dcm")
+    return SentOnce(path, media_type="application/dicom", filename=f"{model}_{image}.dcm")
 
 
-def _clean_up(background_tasks: BackgroundTasks) -> None:
-    """Remove the upload of a failed request: FastAPI forgets background tasks when an error is answered."""
+def _clean_up(background_tasks: BackgroundTasks, but: str = "") -> None:
+    """Remove a request's upload: FastAPI forgets background tasks when an error is answered, or who asked hangs up."""
     for task in background_tasks.tasks:
-        task.func(*task.args, **task.kwargs)
+        if task.args != (but,):
+            task.func(*task.args, **task.kwargs)
+    background_tasks.tasks.clear()
+
+
+def _without_leftovers(answer: Any, background_tasks: BackgroundTasks) -> Any:
+    """Return MONAI Label's answer to a prediction so that it leaves no file, however it ends."""
+    is_file = isinstance(answer, FileResponse) and (answer.path,) in [task.args for task in background_tasks.tasks]
+    _clean_up(background_tasks, answer.path if is_file else "")
+    return SentOnce(answer.path, media_type=answer.media_type, filename=answer.filename) if is_file else answer
 
 
 def _session_exists(session_id: str) -> bool:
