@@ -7,20 +7,25 @@ import json
 import os
 import re
 import tempfile
+import threading
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from fastapi import HTTPException
+from fastapi import HTTPException, params
 from fastapi.testclient import TestClient
+from starlette.routing import Match
 
 from lib.app import MSHubApp
 from lib.server import asgi
+from lib.server.bodies import IN_MEMORY_BYTES
 from lib.server.json_input import DEEPEST, json_object, read_json
+from lib.server.permissions import PERMITTED
 
 JSON = {"content-type": "application/json"}
 
@@ -218,3 +223,51 @@ def test_the_description_is_of_our_own_handlers() -> None:
     assert {(method, path.replace(":path", "")) for method, path, *_ in asgi.ROUTES} <= described
     assert paths["/infer/{model}"]["post"]["operationId"].startswith("infer_infer")
     assert paths["/datastore/label"]["put"]["operationId"].startswith("save_label_")
+
+
+def answering(method: str, path: str) -> Any:
+    """Return the route of the server that answers."""
+    scope = {"type": "http", "method": method, "path": path.replace("{", "").replace("}", ""), "headers": []}
+    return next(route for route in asgi.app.router.routes if route.matches(scope)[0] is Match.FULL)
+
+
+WITHOUT_UPLOADS = [
+    (one.method, one.path)
+    for one in PERMITTED
+    if (field := getattr(answering(one.method, one.path), "body_field", None))
+    and not isinstance(field.field_info, params.File)
+    and not one.path.startswith(("/login", "/auth"))
+]
+
+
+def test_many_routes_take_a_body_and_no_upload() -> None:
+    assert {("POST", "/train/"), ("PUT", "/datastore/label/info"), ("POST", "/scoring/{method}")} <= set(
+        WITHOUT_UPLOADS
+    )
+    assert ("POST", "/infer/{model}") not in WITHOUT_UPLOADS
+
+
+@pytest.mark.parametrize(("method", "path"), WITHOUT_UPLOADS)
+def test_a_body_without_an_upload_is_a_megabyte_at_most(server: TestClient, method: str, path: str) -> None:
+    ask, address = partial(server.request, method), f"{path}?image=a&label=a&tag=final"
+    # A form's single field is refused earlier, with 400, where its length is not announced: its files are what counts.
+    form = {"files": {"info": ("a.bin", bytes(IN_MEMORY_BYTES))}}
+    unannounced = {"content": iter([bytes(IN_MEMORY_BYTES), b" "]), "headers": JSON}
+    for sent in [form] if method == "PUT" else [{"content": bytes(IN_MEMORY_BYTES + 1), "headers": JSON}, unannounced]:
+        assert "expected 1 MiB at most" in refused(ask(address, **sent), 413, "request-entity-too-large")
+
+
+def test_a_body_of_a_megabyte_is_read_and_the_server_goes_on_meanwhile(
+    server: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readers: list[str] = []
+
+    def read(text: bytes, what: str) -> Any:
+        readers.append(threading.current_thread().name)
+        return read_json(text, what)
+
+    monkeypatch.setattr("lib.server.json_input.read_json", read)
+    images = json.dumps({"images": ["x"] * 170_000})
+    assert IN_MEMORY_BYTES * 0.8 < len(images) < IN_MEMORY_BYTES
+    assert "no image" in refused(server.post("/mshub/prelabels/tiny", content=images, headers=JSON), 404, "not-found")
+    assert [name.startswith("AnyIO worker") for name in readers] == [True]

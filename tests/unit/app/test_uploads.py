@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from fastapi import HTTPException, UploadFile
 
+from dicom_series_factory import SeriesMaker
 from factories import make_image
 from lib.faults import LONGEST_NAME, check_name
 from lib.server.uploads import base_name, check_images, received, rename, volume_ending
@@ -103,6 +104,21 @@ def test_what_can_be_segmented_passes_and_anything_else_does_not(tmp_path: Path)
     (tmp_path / "texts" / "b").unlink()
     with pytest.raises(HTTPException, match="no extension"):
         check_images(tmp_path / "texts")
+
+
+def test_a_folder_of_images_is_no_place_for_other_files(tmp_path: Path) -> None:
+    make_image(tmp_path / "channels" / "a_0000.nii.gz")
+    make_image(tmp_path / "channels" / "a_0001.nii.gz", seed=3)
+    SeriesMaker("two").write(tmp_path / "series")
+    first = min((tmp_path / "series").iterdir())
+    first.rename(first.with_name("IM0"))
+    for folder in (tmp_path / "channels", tmp_path / "series"):
+        check_images(folder)
+        (folder / "sitecustomize.py").write_text("import os")
+        (folder / "notes").write_text("hello")
+        with pytest.raises(HTTPException, match=r"2 file\(s\) .*: notes, sitecustomize\.py\. Expected") as refused:
+            check_images(folder)
+        assert refused.value.status_code == 415
 
 
 def test_ids_and_tags_have_an_end() -> None:

@@ -24,12 +24,13 @@ from monailabel.endpoints.infer import ResultType, run_inference
 from monailabel.endpoints.user.auth import RBAC, User, get_current_user
 from monailabel.interfaces.datastore import DefaultLabelTag
 from monailabel.interfaces.exception import ImageNotFoundException
+from monailabel.interfaces.tasks.batch_infer import BatchInferImageType
 from monailabel.interfaces.utils.app import app_instance
 from starlette.middleware import Middleware
 from starlette.routing import Match
 from starlette.types import Scope
 
-from lib.faults import check_name
+from lib.faults import check_name, not_found
 from lib.oidc_settings import OidcSettings
 from lib.server.access import USER, Access, Guards, address_of, comes_from_one_person
 from lib.server.bodies import Bodies
@@ -41,6 +42,7 @@ from lib.server.json_input import JsonRoute, json_object
 from lib.server.login import Login
 from lib.server.oidc import SignOn
 from lib.server.proxy import pass_on
+from lib.server.sent_files import SentOnce
 from lib.server.uploads import base_name, check_images, received, rename, volume_ending
 from lib.server.viewer import BuildFiles, add_viewer
 from lib.sessions import refuse_archive
@@ -67,11 +69,16 @@ INFER_OPTIONS = frozenset(
     }
 )
 """What a client may ask of a prediction; whatever else it sends goes no further."""
+BATCH_OPTIONS = INFER_OPTIONS - {"series"} | {
+    *("images", "labels", "max_batch_size", "max_workers", "multi_gpu", "gpus")
+}
+"""And of MONAI Label's batch, a process of its own, which would look for programs where ``bundle_path`` says."""
 
 STOCK_VIEWER = Path(ohif.__file__).parent / "static" / "ohif"
 STOCK_FOLDERS = frozenset({".", "..", *(path.name for path in STOCK_VIEWER.glob("*") if path.is_dir())})
 """What is asked of the viewer that comes with MONAI Label and is no file."""
 
+_GPUS = re.compile(r"all|[0-9]{1,4}(,[0-9]{1,4})*")
 _CHECKSUM = re.compile(r"((SHA256|SHA512|MD5):)?[0-9a-fA-F]+")
 
 
@@ -118,11 +125,43 @@ def infer(
     rename(file, "image")
     try:
         if isinstance(output, DicomResult):
-            return _dicom_result(background_tasks, model, image, options, output)
-        return run_inference(background_tasks, model, image, session_id, json.dumps(options), file, None, output)
+            return _dicom_result(model, image, options, output)
+        answer = run_inference(background_tasks, model, image, session_id, json.dumps(options), file, None, output)
     except BaseException:
         _clean_up(background_tasks)
         raise
+    return _without_leftovers(answer, background_tasks)
+
+
+def infer_batch(
+    user: Admin,
+    model: str,
+    images: BatchInferImageType = BatchInferImageType.IMAGES_ALL,
+    params: Annotated[Any, Body()] = None,
+    run_sync: bool = False,
+) -> Any:
+    """Run a model on many images, in a process of its own; see `BATCH_OPTIONS`."""
+    asked = _object(params, '{"label_tag": "original"}')
+    options = {name: value for name, value in asked.items() if name in BATCH_OPTIONS}
+    gpus = options.get("gpus") or "all"
+    if not isinstance(gpus, str) or not _GPUS.fullmatch(gpus):
+        raise HTTPException(400, f"gpus is {str(gpus)[:80]!r}; expected all, or numbers such as 0,1.")
+    return batch_infer.run(model, images, {**options, "gpus": gpus}, run_sync)
+
+
+def score_all(user: Admin, params: Annotated[Any, Body()] = None, run_sync: bool = False) -> Any:
+    """Run every scoring method; see `score`."""
+    _object(params, "{}")
+    return scoring.run(None, run_sync)
+
+
+def score(user: Admin, method: str, params: Annotated[Any, Body()] = None, run_sync: bool = False) -> Any:
+    """Run a scoring method, in a process of its own; `params` changes nothing: none here has options."""
+    _object(params, "{}")
+    known = app_instance().info()["scoring"]
+    if method not in known:
+        raise not_found("scoring method", method, sorted(known))
+    return scoring.run_method(method, None, run_sync)
 
 
 def create_session(
@@ -250,9 +289,8 @@ def save_label(
         return datastore.save_label(
             background_tasks, image, json.dumps(json_object(params, "params")), tag, label, user.username
         )
-    except BaseException:
+    finally:
         _clean_up(background_tasks)
-        raise
 
 
 def note_image_info(user: Admin, image: str, info: Annotated[str, Form()] = "{}") -> Any:
@@ -270,11 +308,10 @@ def note_label_params(user: Admin, label: str, tag: str, params: Annotated[str, 
     return note_label_info(user, label, tag, params)
 
 
-def dataset(background_tasks: BackgroundTasks, user: Admin, limit_cases: int | None = None) -> Response:
+def dataset(user: Admin, limit_cases: int | None = None) -> Response:
     """Return the images that have a final label, and these labels, as one ZIP; 404 if there are none."""
-    path = Path(app_instance().datastore().get_dataset_archive(limit_cases))
-    background_tasks.add_task(path.unlink, missing_ok=True)
-    return FileResponse(path, media_type="application/zip", filename="dataset.zip")
+    path = app_instance().datastore().get_dataset_archive(limit_cases)
+    return SentOnce(path, media_type="application/zip", filename="dataset.zip")
 
 
 def gpu(user: Admin) -> Any:
@@ -295,9 +332,7 @@ def stock_viewer(user: AnyUser, path: str) -> Any:
 
 def next_sample(request: Request, user: AnyUser, strategy: str, params: Annotated[Any, Body()] = None) -> Any:
     """Return the next case to label; a plain function, as the PACS is asked for its series."""
-    if params is not None and not isinstance(params, dict):
-        raise HTTPException(400, 'The request\'s body is no JSON object: expected options such as {"client_id": "me"}.')
-    sample = _next_case({**(params or {}), "strategy": strategy})
+    sample = _next_case({**_object(params, '{"client_id": "me"}'), "strategy": strategy})
     if "id" in sample and "authorization" in request.headers:
         _offer(request, sample["id"])
     return sample
@@ -325,9 +360,7 @@ def _offer(request: Request, image: str) -> None:
 
 def start_prelabelling(user: Annotator, model: str, params: Annotated[Any, Body()] = None) -> Any:
     """Start pre-labelling waiting or chosen cases; see `lib.activelearning.Prelabels.start` for the options."""
-    if params is not None and not isinstance(params, dict):
-        raise HTTPException(400, 'The request\'s body is no JSON object: expected options such as {"limit": 20}.')
-    return app_instance().start_prelabelling(model, params or {})
+    return app_instance().start_prelabelling(model, _object(params, '{"limit": 20}'))
 
 
 def list_prelabelling(user: AnyUser) -> Any:
@@ -355,16 +388,13 @@ def labels(user: AnyUser, image: str) -> dict[str, Any]:
     return dict(app_instance().labels_of(image))
 
 
-def export(
-    user: AnyUser, background_tasks: BackgroundTasks, image: str, tag: str = "final", format: str = "nrrd"
-) -> Response:
+def export(user: AnyUser, image: str, tag: str = "final", format: str = "nrrd") -> Response:
     """Return a stored label as a file; ``nrrd`` is what a viewer reads pixel by pixel, with its names in a header."""
     check_name("label tag", tag)
     path, names = app_instance().export_of(image, tag, format)
-    background_tasks.add_task(path.unlink, missing_ok=True)
     media = "application/octet-stream" if format == "nrrd" else "application/dicom"
     headers = {"X-MSHub-Segments": json.dumps(names)}
-    return FileResponse(path, media_type=media, filename=f"{image}_{tag}{path.suffix}", headers=headers)
+    return SentOnce(path, media_type=media, filename=f"{image}_{tag}{path.suffix}", headers=headers)
 
 
 def channels(user: AnyUser, model: str, image: str) -> dict[str, Any]:
@@ -382,21 +412,27 @@ async def proxy(user: AnyUser, request: Request, path: str) -> Response:
     return await pass_on(request, path)
 
 
-def _dicom_result(
-    background_tasks: BackgroundTasks, model: str, image: str, options: dict[str, Any], output: DicomResult
-) -> Response:
+def _dicom_result(model: str, image: str, options: dict[str, Any], output: DicomResult) -> Response:
     """Return a prediction as a DICOM object, named and coded by the model's card."""
     if not image:
         raise HTTPException(400, f"output={output.value} needs ?image=ID of a series of the PACS.")
     path = app_instance().infer_dicom({**options, "model": model, "image": image}, output.name)
-    background_tasks.add_task(path.unlink, missing_ok=True)
-    return FileResponse(path, media_type="application/dicom", filename=f"{model}_{image}.dcm")
+    return SentOnce(path, media_type="application/dicom", filename=f"{model}_{image}.dcm")
 
 
-def _clean_up(background_tasks: BackgroundTasks) -> None:
-    """Remove the upload of a failed request: FastAPI forgets background tasks when an error is answered."""
+def _clean_up(background_tasks: BackgroundTasks, but: str = "") -> None:
+    """Remove a request's upload: FastAPI forgets background tasks when an error is answered, or who asked hangs up."""
     for task in background_tasks.tasks:
-        task.func(*task.args, **task.kwargs)
+        if task.args != (but,):
+            task.func(*task.args, **task.kwargs)
+    background_tasks.tasks.clear()
+
+
+def _without_leftovers(answer: Any, background_tasks: BackgroundTasks) -> Any:
+    """Return MONAI Label's answer to a prediction so that it leaves no file, however it ends."""
+    is_file = isinstance(answer, FileResponse) and (answer.path,) in [task.args for task in background_tasks.tasks]
+    _clean_up(background_tasks, answer.path if is_file else "")
+    return SentOnce(answer.path, media_type=answer.media_type, filename=answer.filename) if is_file else answer
 
 
 def _session_exists(session_id: str) -> bool:
@@ -405,14 +441,23 @@ def _session_exists(session_id: str) -> bool:
 
 
 def _train_params(params: Any, user: User) -> dict[str, Any]:
+    options = _object(params, '{"epochs": 20}')
+    return {**options, "client_id": options.get("client_id") or user.username}
+
+
+def _object(params: Any, example: str) -> dict[str, Any]:
+    """Return the options in a request's body; nothing stands for none."""
     if params is not None and not isinstance(params, dict):
-        raise HTTPException(400, 'The request\'s body is no JSON object: expected options such as {"epochs": 20}.')
-    return {**(params or {}), "client_id": (params or {}).get("client_id") or user.username}
+        raise HTTPException(400, f"The request's body is no JSON object: expected options such as {example}.")
+    return dict(params or {})
 
 
 ROUTES = (
     ("GET", "/info/", info, "App"),
     ("POST", "/infer/{model}", infer, "Infer"),
+    ("POST", "/batch/infer/{model}", infer_batch, "Infer"),
+    ("POST", "/scoring/", score_all, "Scoring"),
+    ("POST", "/scoring/{method}", score, "Scoring"),
     ("POST", "/train/", train, "Train"),
     ("POST", "/train/{model}", train_model, "Train"),
     ("GET", "/train/", train_status, "Train"),

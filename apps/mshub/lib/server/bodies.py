@@ -17,7 +17,8 @@ from lib.faults import as_http_errors
 from lib.free_space import check_space
 
 IN_MEMORY_BYTES = 2**20
-"""Bodies up to here stay in memory: people can log in, and ask for the next case, while the disk is full."""
+"""Bodies up to here stay in memory: people can log in, and ask for the next case, while the disk is full. A body
+without an upload may not be larger."""
 LOOK_EVERY_BYTES = 16 * 2**20
 
 
@@ -40,12 +41,41 @@ class Bodies:
         await self._app(scope, _Body(scope, receive, self._find_limit).receive if is_request else receive, send)
 
 
+def no_upload(scope: Scope, receive: Receive) -> Receive:
+    """Return what reads a body that holds no upload: `IN_MEMORY_BYTES` at most, or else 413."""
+    announced, read = _announced(scope), 0
+
+    async def read_on() -> Message:
+        nonlocal read
+        _check_small(announced)
+        message = await receive()
+        read += len(message.get("body", b""))
+        _check_small(read)
+        return message
+
+    return read_on
+
+
+def _check_small(nbytes: int) -> None:
+    if nbytes > IN_MEMORY_BYTES:
+        raise HTTPException(
+            413,
+            f"The request holds {nbytes / 2**20:,.1f} MiB or more; expected {IN_MEMORY_BYTES // 2**20} MiB at most at "
+            "an address that takes no files. Ask for less at once, such as fewer images.",
+        )
+
+
+def _announced(scope: Scope) -> int:
+    """Return how many bytes a request says that it holds; 0 if it does not say."""
+    length = Headers(scope=scope).get("content-length", "")
+    return int(length[:20]) if length.isdecimal() else 0
+
+
 class _Body:
     """The body of one request, as far as it has come."""
 
     def __init__(self, scope: Scope, receive: Receive, find_limit: Callable[[], int]) -> None:
-        length = Headers(scope=scope).get("content-length", "")
-        self._announced = int(length[:20]) if length.isdecimal() else 0
+        self._announced = _announced(scope)
         self._receive, self._find_limit = receive, find_limit
         self._read, self._room = 0, IN_MEMORY_BYTES
 

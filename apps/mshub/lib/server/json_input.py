@@ -7,8 +7,11 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from fastapi import HTTPException, Request
+from fastapi import HTTPException, Request, params
+from fastapi.concurrency import run_in_threadpool
 from fastapi.routing import APIRoute
+
+from lib.server.bodies import no_upload
 
 DEEPEST = 100
 """Levels of lists and objects in one another."""
@@ -51,21 +54,27 @@ def json_object(text: str, what: str) -> dict[str, Any]:
 
 
 class JsonRoute(APIRoute):
-    """A route whose body is read by `read_json`."""
+    """A route whose body is read by `read_json`, and refused where it is too large for one without an upload."""
 
     def get_route_handler(self) -> Callable[..., Any]:
         """Return what answers a request."""
-        answer = super().get_route_handler()
+        answer, is_small = super().get_route_handler(), self._has_body_without_upload()
 
         async def answer_strictly(request: Request) -> Any:
-            return await answer(_StrictRequest(request.scope, request.receive))
+            receive = no_upload(request.scope, request.receive) if is_small else request.receive
+            return await answer(_StrictRequest(request.scope, receive))
 
         return answer_strictly
+
+    def _has_body_without_upload(self) -> bool:
+        """Return whether a body is read, and read into memory."""
+        return self.body_field is not None and not isinstance(self.body_field.field_info, params.File)
 
 
 class _StrictRequest(Request):
     async def json(self) -> Any:
-        return read_json(await self.body(), "The request's body")
+        """Return what the body says; in a thread, as a megabyte of it takes a quarter of a second."""
+        return await run_in_threadpool(read_json, await self.body(), "The request's body")
 
 
 def _check(value: Any, what: str, finite: bool, depth: int) -> None:

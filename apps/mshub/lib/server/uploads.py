@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fastapi import HTTPException, UploadFile
+from pydicom.misc import is_dicom
 
 from lib.faults import as_http_errors
 from lib.free_space import check_space
@@ -87,10 +88,22 @@ def check_images(folder: Path) -> None:
     Raises
     ------
     HTTPException
-        4xx: nothing could be segmented in it.
+        4xx: nothing could be segmented in it, or there are other files beside.
     """
     files = sorted(folder.iterdir())
     volumes = [path for path in files if path.name.lower().endswith(READABLE)]
     with as_http_errors():
         for path in volumes or ([folder] if len(files) > 1 else files):
             read_volume(path)
+    _refuse_others([path for path in files if path not in volumes and (volumes or not is_dicom(path))])
+
+
+def _refuse_others(files: Sequence[Path]) -> None:
+    """Refuse what lies beside images: nothing reads it here, and a folder of images is no place to keep programs."""
+    if files:
+        named = ", ".join(path.name for path in files[:5]) + (" ..." if len(files) > 5 else "")
+        raise HTTPException(
+            415,
+            f"The upload holds {len(files)} file(s) that are no part of the image: {named}. Expected volumes only, or "
+            "the DICOM files of one series: send it without the others.",
+        )

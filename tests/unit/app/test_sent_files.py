@@ -1,0 +1,119 @@
+"""Temporary files that are answered: none is left, whatever a client asks of it and however the answer ends."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import httpx
+import pytest
+from fastapi.testclient import TestClient
+from starlette.types import Message
+
+from factories import make_image, odd_grids
+from lib.app import MSHubApp
+from lib.infers import results_folder
+from lib.server import asgi
+from lib.server.sent_files import SentOnce
+
+RANGES = {"": 200, "bytes=2-5": 206, "bytes=2-3,5-6": 206, "bytes=999999999-": 416, "chars=1": 400, "bytes=x": 400}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "file.bin"
+    path.write_bytes(bytes(range(200)) * 1000)
+    return path
+
+
+@pytest.mark.parametrize(("wanted", "status"), RANGES.items())
+def test_a_file_is_sent_once_whatever_range_is_asked_for(file: Path, wanted: str, status: int) -> None:
+    content = file.read_bytes()
+    answer = TestClient(SentOnce(file)).get("/", headers={"Range": wanted} if wanted else {})
+    assert (answer.status_code, file.exists()) == (status, False)
+    assert {200: content, 206: content[2:6]}.get(status, answer.content) == answer.content or "," in wanted
+
+
+def test_a_file_goes_when_its_client_does(file: Path) -> None:
+    sent: list[int] = []
+
+    async def send(message: Message) -> None:
+        sent.append(len(message.get("body", b"")))
+        if len(sent) > 1:
+            raise EOFError("gone")
+
+    async def receive() -> Message:
+        await asyncio.sleep(60)
+        return {"type": "http.disconnect"}
+
+    scope = {"type": "http", "method": "GET", "headers": [], "asgi": {"spec_version": "2.4"}}
+    with pytest.raises(EOFError, match="gone"):
+        asyncio.run(SentOnce(file)(scope, receive, send))
+    assert (len(sent), file.exists()) == (2, False)
+
+
+@pytest.fixture
+def server(clinic: MSHubApp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TestClient:
+    for module in ("lib.server.asgi", "monailabel.endpoints.infer", "monailabel.endpoints.datastore"):
+        monkeypatch.setattr(f"{module}.app_instance", lambda: clinic)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    here = ("127.0.0.1", 50000)
+    return TestClient(asgi.app, "http://127.0.0.1:8000", raise_server_exceptions=False, client=here)
+
+
+def left(tmp_path: Path) -> list[Path]:
+    folders = (tmp_path / "tmp", results_folder())
+    return [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(("wanted", "status"), RANGES.items())
+@pytest.mark.parametrize("path", ["/mshub/export/a", "/datastore/dataset"])
+def test_no_download_leaves_a_file(
+    server: TestClient, review: Callable[..., None], tmp_path: Path, path: str, wanted: str, status: int
+) -> None:
+    review("a", "liver")
+    before = left(tmp_path)
+    answer = server.get(path, headers={"Range": wanted} if wanted else {})
+    assert answer.status_code == status
+    assert left(tmp_path) == before
+
+
+@pytest.fixture
+def prediction(tmp_path: Path) -> httpx.Request:
+    """A file and what is asked of it, as a client sends it."""
+    scan = make_image(tmp_path / "scan.nii.gz", (29, 23, 14), odd_grids()["oblique-left-handed"]).read_bytes()
+    sent = {"data": {"params": '{"device": "cpu"}'}, "files": {"file": ("scan.nii.gz", scan)}}
+    return httpx.Request("POST", "http://127.0.0.1:8000/infer/tiny", **sent)
+
+
+@pytest.mark.parametrize("output", ["image", "json", "all"])
+@pytest.mark.parametrize("hangs_up", [False, True])
+def test_no_prediction_leaves_a_file(
+    server: TestClient, prediction: httpx.Request, tmp_path: Path, output: str, hangs_up: bool
+) -> None:
+    before, seen, bodies = left(tmp_path), [], [prediction.read()]
+    scope = {
+        **{"type": "http", "method": "POST", "path": "/infer/tiny", "query_string": f"output={output}".encode()},
+        **{"headers": [(name.lower(), value) for name, value in prediction.headers.raw], "scheme": "http"},
+        **{"server": ("127.0.0.1", 8000), "client": ("127.0.0.1", 50000), "asgi": {"spec_version": "2.4"}},
+    }
+
+    async def receive() -> Message:
+        if bodies:
+            return {"type": "http.request", "body": bodies.pop()}
+        await asyncio.sleep(60)
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        seen.append(message)
+        if hangs_up and message["type"] == "http.response.body":
+            raise EOFError("gone")
+
+    with pytest.raises(EOFError, match="gone") if hangs_up else nullcontext():
+        asyncio.run(asgi.app(scope, receive, send))
+    assert seen[0]["status"] == 200
+    assert left(tmp_path) == before
