@@ -7,12 +7,13 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Container, Sequence, Set
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from fastapi import HTTPException
+from monailabel.datastore.local import ImageLabelModel
 from monailabel.interfaces.datastore import DefaultLabelTag
 
 from lib import audit
@@ -340,10 +341,14 @@ class StudiesFolder(LabelFolder):
         channels = self.channels(image_id)
         with self._lock:
             self._catch_up()
-            labels = [self._label_file(image_id, tag) for tag in self.get_labels_by_image_id(image_id)]
-            for path in [*filter(None, labels), *channels]:
+            for path in [*self._files_of_labels(image_id), *channels]:
                 path.unlink(missing_ok=True)
-            self._take_note({image_id: None})
+            self._take_note({image_id: None}, {image_id: None})
+
+    def _is_there(self, image: str, entry: ImageLabelModel, files: Set[str]) -> bool:
+        """Return whether the file of an image is among the files, and no channel of another image."""
+        name = image + entry.image.ext
+        return name in files and not _is_further_channel(name, files)
 
     def _id_of(self, name: str) -> str:
         """Return the id of the image that a file of the folder belongs to."""
@@ -404,7 +409,7 @@ def _is_text(name: str) -> bool:
     return True
 
 
-def _is_further_channel(name: str, siblings: dict[str, str]) -> bool:
+def _is_further_channel(name: str, siblings: Container[str]) -> bool:
     ending = ending_of(name)
     case = _channel_case(name, ending)
     return (

@@ -4,6 +4,7 @@ To write the whole index for each change takes the longer the more images there 
 
     <checksum> <index> {"image": ID, "is": what the index would say of it, or null}
 
+and, of an image with files that are gone, what the index keeps of these as ``"absent"``. Each line begins
 with the first digits of the SHA-256 of the rest of the line, and of the index it changes: a line that was cut, or that
 belongs to another index, is known by them. Each line tells all of its object, so one that is lost spoils no other.
 
@@ -35,8 +36,9 @@ DIGITS = 16
 LEAST_BYTES = 2**20
 """A journal that is shorter is not worth a new index."""
 
-Change = tuple[str, dict[str, Any] | None]
-"""An image, and what the index says of it from now on; None if it is gone."""
+Facts = dict[str, Any] | None
+Change = tuple[str, Facts, Facts]
+"""An image, what the index says of it from now on, None if it is gone, and what it keeps of its files that are gone."""
 _Entry = tuple[str, dict[str, Any]]
 
 
@@ -107,11 +109,11 @@ class IndexJournal:
             self._strange = entries[-1][1].get("next") != self._digits
             return []
         self._end += sum(len(line) + 1 for line in lines)
-        return [(entry["image"], entry["is"]) for entry in ours if "image" in entry]
+        return [(entry["image"], entry["is"], entry.get("absent")) for entry in ours if "image" in entry]
 
     def append(self, changes: Iterable[Change]) -> None:
         """Store changes: all of them are on the disk afterwards, or none is and an `OSError` tells why."""
-        self._write(b"".join(self._line({"image": image, "is": facts}) for image, facts in changes))
+        self._write(b"".join(self._line(_told(*change)) for change in changes))
 
     def write_index(self, head: Mapping[str, Any], objects: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
         """Write the index whole, and begin a new journal; the old index is there until the new one is.
@@ -182,6 +184,10 @@ class IndexJournal:
             )
         self.path.unlink(missing_ok=True)
         self._strange = False
+
+
+def _told(image: str, facts: Facts, absent: Facts) -> dict[str, Any]:
+    return {"image": image, "is": facts, **({} if absent is None else {"absent": absent})}
 
 
 def _text(head: Mapping[str, Any], objects: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[bytes]:
