@@ -45,7 +45,8 @@ LIBRARY_LAYERS = (
     *("users_cli", "cli", "__main__"),
 )
 APP_LAYERS = (
-    *("lib.faults", "lib.audit", "lib.free_space", "lib.index_file", "lib.index_journal", "lib.indexed_folder"),
+    *("lib.faults", "lib.audit", "lib.free_space", "lib.index_file", "lib.index_entries", "lib.index_journal"),
+    "lib.indexed_folder",
     *("lib.label_note", "lib.label_folder", "lib.janitor", "lib.sessions", "lib.background", "lib.oidc_settings"),
     *("lib.conf", "lib.activity", "lib.digests", "lib.reviews", "lib.refused_labels", "lib.dataset_archive"),
     "lib.datastore",

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import logging
 import re
+import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Sequence, Set
+from contextlib import ExitStack, contextmanager, suppress
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from fastapi import HTTPException
+from monailabel.datastore.local import ImageLabelModel
 from monailabel.interfaces.datastore import DefaultLabelTag
 
 from lib import audit
-from lib.dataset_archive import write_archive
+from lib.dataset_archive import LabelledImage, write_archive
 from lib.faults import as_http_errors, check_name
 from lib.free_space import check_space
 from lib.label_folder import IMAGE_ENDINGS, LabelFolder, ending_of
@@ -29,7 +32,7 @@ from mshub.case_folders import PATIENTS, read_patients
 from mshub.cases import ReviewedCase
 from mshub.corrections import Correction, read_correction
 from mshub.doubts import label_doubts
-from mshub.errors import MSHubError
+from mshub.errors import CaseError, MSHubError
 from mshub.geometry import Array, Grid
 from mshub.label_quality import label_hints
 from mshub.store import utc_now
@@ -82,20 +85,7 @@ class StudiesFolder(LabelFolder):
         HTTPException
             404 for an id that is not in the datastore, 422 for a gap in the channel numbers.
         """
-        first = Path(self.get_image_uri(image_id))
-        if not first.name.startswith(f"{image_id}{FIRST_CHANNEL}."):
-            return [first]
-        ending = first.name.removeprefix(image_id + FIRST_CHANNEL)
-        found = sorted(path for path in first.parent.glob(f"*{ending}") if _channel_case(path.name, ending) == image_id)
-        expected = [f"{image_id}_{number:04d}{ending}" for number in range(len(found))]
-        missing = sorted(set(expected) - {path.name for path in found})
-        if missing:
-            raise HTTPException(
-                422,
-                f"Channel {', '.join(missing)} is missing beside {', '.join(path.name for path in found)}: the "
-                "channels of a case are numbered without gaps.",
-            )
-        return found
+        return _beside(image_id, Path(self.get_image_uri(image_id)))
 
     def get_image_uri(self, image_id: str) -> str:
         """Return the path of an image's first channel; 404 for an id that is not in the datastore."""
@@ -340,10 +330,14 @@ class StudiesFolder(LabelFolder):
         channels = self.channels(image_id)
         with self._lock:
             self._catch_up()
-            labels = [self._label_file(image_id, tag) for tag in self.get_labels_by_image_id(image_id)]
-            for path in [*filter(None, labels), *channels]:
+            for path in [*self._files_of_labels(image_id), *channels]:
                 path.unlink(missing_ok=True)
-            self._take_note({image_id: None})
+            self._take_note({image_id: None}, {image_id: None})
+
+    def _is_there(self, image: str, entry: ImageLabelModel, files: Set[str]) -> bool:
+        """Return whether the file of an image is among the files, and no channel of another image."""
+        name = image + entry.image.ext
+        return name in files and not _is_further_channel(name, files)
 
     def _id_of(self, name: str) -> str:
         """Return the id of the image that a file of the folder belongs to."""
@@ -366,12 +360,67 @@ class StudiesFolder(LabelFolder):
         return None
 
     def get_dataset_archive(self, limit_cases: int | None) -> str:
-        """Return a new ZIP of images that have a final label, and these labels; 404 if there are none."""
-        metadata = self._datastore.model_dump_json(exclude={"base_path"})
-        path = write_archive(self.datalist(), limit_cases or 0, metadata)
+        """Return a new ZIP of images that have a final label, and these labels.
+
+        Each label is there with the names it had when it was read. What cannot be read, such as a series of a PACS
+        without a copy on this machine, is named in its ``metadata.json``, under ``left_out``.
+
+        Raises
+        ------
+        HTTPException
+            404 if there is nothing to download, 507 if the folder for temporary files has no room for the ZIP.
+        """
+        images, most = sorted(self._datastore.filter_by_tag(DefaultLabelTag.FINAL.value)), limit_cases or 0
+        with as_http_errors():
+            check_space(Path(tempfile.gettempdir()), self._bytes_to_pack(images, most))
+        head = self._datastore.model_dump(exclude={"base_path", "objects"})
+        path, left_out = write_archive(images, self._opened, most, head)
         if path is None:
-            raise HTTPException(404, "There is no image with a final label yet: nothing to download.")
+            why = "; ".join(f"{image}: {reason}" for image, reason in list(left_out.items())[:10])
+            raise HTTPException(
+                404,
+                f"None of the {len(left_out)} images with a final label can be downloaded: {why}."
+                if left_out
+                else "There is no image with a final label yet: nothing to download.",
+            )
         return str(path)
+
+    @contextmanager
+    def _opened(self, image_id: str) -> Iterator[LabelledImage]:
+        """Open the files of an image and its final label, and tell what is known of these; not of others meanwhile."""
+        with ExitStack() as stack:
+            with self._lock:
+                self._catch_up()
+                entry = self._datastore.objects.get(image_id)
+                paths = self._paths_to_pack(image_id)
+                try:
+                    files = {name: stack.enter_context(path.open("rb")) for name, path in paths.items()}
+                except FileNotFoundError as error:
+                    raise CaseError(f"there is no file {Path(error.filename).name} on this machine") from None
+                facts = entry.model_dump()
+            yield LabelledImage(files, facts)
+
+    def _paths_to_pack(self, image_id: str) -> dict[str, Path]:
+        """Return the files of an image and of its final label, by their paths in a ZIP; nothing is downloaded."""
+        entry, tag = self._datastore.objects.get(image_id), DefaultLabelTag.FINAL.value
+        if entry is None or tag not in entry.labels:
+            raise CaseError("the image or its label was removed meanwhile")
+        try:
+            images = _beside(image_id, Path(self._datastore.image_path()) / (image_id + entry.image.ext))
+        except HTTPException as error:
+            raise CaseError(error.detail) from error
+        label = self._labels_folder / tag / (image_id + entry.labels[tag].ext)
+        return {**{f"image/{path.name}": path for path in images}, f"label/{label.name}": label}
+
+    def _bytes_to_pack(self, images: Sequence[str], most: int) -> int:
+        """Return how much a ZIP of images and labels will take, which is not compressed: they are already."""
+        sizes = list[int]()
+        for image in images:
+            if len(sizes) >= most > 0:
+                break
+            with suppress(OSError, CaseError):
+                sizes.append(sum(path.stat().st_size for path in self._paths_to_pack(image).values()))
+        return sum(sizes)
 
     def _list_files(self, path: str, patterns: list[str]) -> dict[str, str]:
         """Return the files of a folder without the second and further channels of a case.
@@ -383,6 +432,23 @@ class StudiesFolder(LabelFolder):
             self._warn_once(f"a file is left out, as its name is not UTF-8: {name!a}")
             del found[name]
         return {name: file for name, file in found.items() if not _is_further_channel(name, found)}
+
+
+def _beside(image_id: str, first: Path) -> list[Path]:
+    """Return the files of the channels of an image whose first is known; 422 for a gap in their numbers."""
+    if not first.name.startswith(f"{image_id}{FIRST_CHANNEL}."):
+        return [first]
+    ending = first.name.removeprefix(image_id + FIRST_CHANNEL)
+    found = sorted(path for path in first.parent.glob(f"*{ending}") if _channel_case(path.name, ending) == image_id)
+    expected = [f"{image_id}_{number:04d}{ending}" for number in range(len(found))]
+    missing = sorted(set(expected) - {path.name for path in found})
+    if missing:
+        raise HTTPException(
+            422,
+            f"Channel {', '.join(missing)} is missing beside {', '.join(path.name for path in found)}: the "
+            "channels of a case are numbered without gaps.",
+        )
+    return found
 
 
 def _volumes_ml(correction: Correction, structures: Sequence[str]) -> dict[str, float]:
@@ -404,7 +470,7 @@ def _is_text(name: str) -> bool:
     return True
 
 
-def _is_further_channel(name: str, siblings: dict[str, str]) -> bool:
+def _is_further_channel(name: str, siblings: Container[str]) -> bool:
     ending = ending_of(name)
     case = _channel_case(name, ending)
     return (

@@ -30,5 +30,5 @@ def check_space(folder: Path, nbytes: int) -> None:
     if free < nbytes + RESERVE_BYTES:
         raise StorageFull(
             f"The server's disk has {free / 1e6:,.0f} MB left; this needs {nbytes / 1e6:,.0f} MB, and "
-            f"{RESERVE_BYTES / 1e6:,.0f} MB have to stay. Nothing was stored: free some space and submit it again."
+            f"{RESERVE_BYTES / 1e6:,.0f} MB have to stay. Nothing was stored: free some space and try again."
         )

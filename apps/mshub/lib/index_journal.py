@@ -4,12 +4,16 @@ To write the whole index for each change takes the longer the more images there 
 
     <checksum> <index> {"image": ID, "is": what the index would say of it, or null}
 
+and, of an image with files that are gone, what the index keeps of these as ``"absent"``. Each line begins
 with the first digits of the SHA-256 of the rest of the line, and of the index it changes: a line that was cut, or that
 belongs to another index, is known by them. Each line tells all of its object, so one that is lost spoils no other.
 
 Whoever reads the index reads these lines after it. It is written whole again once they are as long as it is, so that
 each change has paid for its share; a last line with the digits of the new index says that all before it is in there. A
 copy of an index is that index: lines go on from a backup too.
+
+An error can come late, when what was written has its name already. What was to be written is then taken back; where
+that fails as well, what the disk says decides, as it is what everybody reads from then on.
 
 Everything here is called by whoever holds the folder's lock.
 """
@@ -35,8 +39,9 @@ DIGITS = 16
 LEAST_BYTES = 2**20
 """A journal that is shorter is not worth a new index."""
 
-Change = tuple[str, dict[str, Any] | None]
-"""An image, and what the index says of it from now on; None if it is gone."""
+Facts = dict[str, Any] | None
+Change = tuple[str, Facts, Facts]
+"""An image, what the index says of it from now on, None if it is gone, and what it keeps of its files that are gone."""
 _Entry = tuple[str, dict[str, Any]]
 
 
@@ -107,11 +112,11 @@ class IndexJournal:
             self._strange = entries[-1][1].get("next") != self._digits
             return []
         self._end += sum(len(line) + 1 for line in lines)
-        return [(entry["image"], entry["is"]) for entry in ours if "image" in entry]
+        return [(entry["image"], entry["is"], entry.get("absent")) for entry in ours if "image" in entry]
 
     def append(self, changes: Iterable[Change]) -> None:
         """Store changes: all of them are on the disk afterwards, or none is and an `OSError` tells why."""
-        self._write(b"".join(self._line({"image": image, "is": facts}) for image, facts in changes))
+        self._write(b"".join(self._line(_told(*change)) for change in changes))
 
     def write_index(self, head: Mapping[str, Any], objects: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
         """Write the index whole, and begin a new journal; the old index is there until the new one is.
@@ -123,14 +128,22 @@ class IndexJournal:
         objects : iterable of (str, mapping)
         """
         digest = sha256()
-        with replacing(self.index) as stream:
-            for part in _text(head, objects):
-                stream.write(part)
-                digest.update(part)
-            if self._end:
-                self._write(self._line({"next": digest.hexdigest()[:DIGITS]}))
+        try:
+            with replacing(self.index) as stream:
+                for part in _text(head, objects):
+                    stream.write(part)
+                    digest.update(part)
+                if self._end:
+                    self._write(self._line({"next": digest.hexdigest()[:DIGITS]}))
+        except OSError as error:
+            if sha256(_content(self.index)).digest() != digest.digest():
+                raise
+            logger.error("%s is written, though %s", self.index.name, error)
         back_up_last(self.index)
-        self._retire()
+        try:
+            self._retire()
+        except OSError as error:  # its lines are of another index now: nobody reads them
+            logger.error("%s is of no use any more, and cannot be removed: %s", self.path.name, error)
         self._begin(_stamp(self.index), digest.hexdigest())
 
     def _begin(self, stamp: tuple[int, ...] | None, digest: str) -> None:
@@ -138,25 +151,36 @@ class IndexJournal:
         self._strange = self._doubtful = False
 
     def _write(self, lines: bytes) -> None:
-        if self._end:
-            self._append(lines)
-        else:
+        if not self._end:
             self._retire()
-            with replacing(self.path) as stream:
-                stream.write(lines)
+        write = self._append if self._end else self._write_first
+        try:
+            write(lines)
+        except BaseException as error:
+            self._take_back()
+            if not isinstance(error, OSError) or _content(self.path, self._end) != lines:
+                raise
+            logger.error("%s is written and cannot be taken back, though %s", self.path.name, error)
         self._end += len(lines)
+
+    def _write_first(self, lines: bytes) -> None:
+        with replacing(self.path) as stream:
+            stream.write(lines)
 
     def _append(self, lines: bytes) -> None:
         with self.path.open("r+b", buffering=0) as stream:
             stream.truncate(self._end)
             stream.seek(self._end)
-            try:
-                _write_all(stream, lines)
-                os.fsync(stream.fileno())
-            except BaseException:
-                with suppress(OSError):
-                    stream.truncate(self._end)
-                raise
+            _write_all(stream, lines)
+            os.fsync(stream.fileno())
+
+    def _take_back(self) -> None:
+        """Let the journal be as it was before it was written to, where the disk still does that much."""
+        with suppress(OSError):
+            if self._end:
+                os.truncate(self.path, self._end)
+            else:
+                self.path.unlink(missing_ok=True)
 
     def _line(self, entry: Mapping[str, Any]) -> bytes:
         rest = f"{self._digits} {_json(entry)}".encode()
@@ -182,6 +206,10 @@ class IndexJournal:
             )
         self.path.unlink(missing_ok=True)
         self._strange = False
+
+
+def _told(image: str, facts: Facts, absent: Facts) -> dict[str, Any]:
+    return {"image": image, "is": facts, **({} if absent is None else {"absent": absent})}
 
 
 def _text(head: Mapping[str, Any], objects: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[bytes]:
@@ -222,6 +250,16 @@ def _stamp(path: Path) -> tuple[int, ...] | None:
     except FileNotFoundError:
         return None
     return found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
+
+
+def _content(path: Path, start: int = 0) -> bytes:
+    """Return what is in a file from a byte on; nothing if it cannot be read."""
+    try:
+        with path.open("rb") as stream:
+            stream.seek(start)
+            return stream.read()
+    except OSError:
+        return b""
 
 
 def _size(path: Path) -> int:

@@ -2,24 +2,41 @@
 
 Memory says what the disk says: a change is made on a copy of an image's entry, stored (`lib.index_journal`), and only
 then seen. Whoever is about to change something first takes in what other processes stored, under one lock.
+
+A file that is gone may be back in a moment, as when it is copied anew; what is known of a label stands nowhere else. So
+the index keeps apart (``absent``) what it knew of images and labels whose files are gone, until somebody removes them,
+or neither an image nor a label of it was there at the end of a day. It shows them to nobody.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Set
 from contextlib import contextmanager, suppress
 from datetime import date, datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastore, LocalDatastoreModel
+from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastore
 from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoundException
 from watchdog.events import FileSystemEvent, PatternMatchingEventHandler
 
+from lib.index_entries import (
+    Entries,
+    changed,
+    entry_of,
+    facts_of,
+    found_file,
+    not_here,
+    read_index,
+    with_found,
+    with_labels,
+    without_label,
+    worth_keeping,
+)
 from lib.index_file import INDEX, back_up, plain, recover, stamped
 from lib.index_journal import IndexJournal
 from mshub.atomic_file import replace_by_copy
@@ -27,8 +44,6 @@ from mshub.atomic_file import replace_by_copy
 logger = logging.getLogger(__name__)
 
 WAIT_S = 0.005  # between two attempts at the lock
-Entries = Mapping[str, ImageLabelModel | None]
-"""What the index says of images from now on; None of one that is gone."""
 
 
 class IndexedFolder(LocalDatastore):  # type: ignore[misc]
@@ -39,6 +54,7 @@ class IndexedFolder(LocalDatastore):  # type: ignore[misc]
         index.parent.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(index.parent / ".lock", poll_interval=WAIT_S)
         self._journal, self._read_only = IndexJournal(index), read_only
+        self._absent: MutableMapping[str, ImageLabelModel] = {}  # who uses it holds the lock
         self._tidied: date | None = None
         super().__init__(path, extensions=extensions, auto_reload=auto_reload, read_only=read_only)
         if auto_reload and hasattr(self, "_observer"):
@@ -49,6 +65,8 @@ class IndexedFolder(LocalDatastore):  # type: ignore[misc]
         today = datetime.now(timezone.utc).date()
         if self._tidied != today:
             self.tidy()
+            if self._tidied is not None:  # at a start a share may not be back yet
+                self._forget_gone()
             self._tidied = today
         return ""
 
@@ -86,13 +104,18 @@ class IndexedFolder(LocalDatastore):  # type: ignore[misc]
         """Remove a label, if there is one."""
         with self._lock:
             self._catch_up()
-            known = self._datastore.objects.get(label_id)
-            if known is None or label_tag not in known.labels:
-                return
-            Path(self.get_label_uri(label_id, label_tag)).unlink(missing_ok=True)
-            entry = known.model_copy(deep=True)
-            del entry.labels[label_tag]
-            self._take_note({label_id: entry})
+            known = [table.get(label_id) for table in (self._datastore.objects, self._absent)]
+            for path in self._files_of_labels(label_id, label_tag):
+                path.unlink(missing_ok=True)
+            here, absent = (without_label(entry, label_tag) for entry in known)
+            if [here, absent] != known:
+                self._take_note({label_id: here}, {label_id: absent if absent and absent.labels else None})
+
+    def _files_of_labels(self, image: str, tag: str | None = None) -> list[Path]:
+        """Return where labels of an image lie, or are to lie again; all, or that of one tag."""
+        known = [table[image].labels for table in (self._datastore.objects, self._absent) if image in table]
+        labels = [(name, label) for some in known for name, label in some.items() if tag in (None, name)]
+        return [Path(self._datastore.label_path(name)) / (image + label.ext) for name, label in labels]
 
     @contextmanager
     def _changing(self, image_id: str) -> Iterator[ImageLabelModel]:
@@ -106,46 +129,54 @@ class IndexedFolder(LocalDatastore):  # type: ignore[misc]
             yield entry
             self._store({image_id: entry})
 
-    def _store(self, entries: Entries) -> None:
-        """Bring entries to the disk, then into memory; the caller holds the lock and has caught up."""
+    def _store(self, entries: Entries, absent: Entries | None = None) -> None:
+        """Bring entries to the disk, then into memory; the caller holds the lock and has caught up.
+
+        What the index keeps of an image's files that are gone stays as it is, but for labels that are here again and
+        for what is said in `absent`.
+        """
+        entries = {**{image: self._datastore.objects.get(image) for image in absent or {}}, **entries}
         if not entries:
             return
+        known = {**{image: self._absent.get(image) for image in entries}, **(absent or {})}
+        absent = {image: not_here(known[image], entry) for image, entry in entries.items()}
         if self._journal.must_be_whole:
-            self._write_whole(entries)
+            self._write_whole(entries, absent)
         else:
-            self._journal.append((image, _facts(entry)) for image, entry in entries.items())
-        self._apply(entries)
+            self._journal.append((image, facts_of(entry), facts_of(absent[image])) for image, entry in entries.items())
+        self._apply(entries, absent)
         if self._journal.is_long:
             try:
-                self._write_whole({})
+                self._write_whole({}, {})
             except OSError as error:
                 logger.error("the index is not written whole, its journal grows: %s", error)
 
-    def _take_note(self, entries: Entries) -> None:
+    def _store_labels(self, image: str, labels: dict[str, DataModel]) -> None:
+        """Bring the labels of an image to the disk, also of one that is gone for a moment."""
+        if image in self._datastore.objects:
+            self._store({image: with_labels(self._datastore.objects[image], labels)})
+        else:
+            self._store({}, {image: with_labels(self._absent[image], labels)})
+
+    def _take_note(self, entries: Entries, absent: Entries | None = None) -> None:
         """Store what is so already; on a full disk only memory knows, and finds it again next time."""
         try:
-            self._store(entries)
+            self._store(entries, absent)
         except OSError as error:
             logger.error("the index cannot be written: %s", error)
-            self._apply(entries)
+            self._apply(entries, absent or {})
 
-    def _apply(self, entries: Entries) -> None:
-        """Let memory say it; images come and go in a new table, as others may be reading the old one."""
-        objects = self._datastore.objects
-        if any(entry is None or image not in objects for image, entry in entries.items()):
-            objects = dict(objects)
-        for image, entry in entries.items():
-            if entry is None:
-                objects.pop(image, None)
-            else:
-                objects[image] = entry
-        self._datastore.objects = objects
+    def _apply(self, entries: Entries, absent: Entries) -> None:
+        """Let memory say it."""
+        self._datastore.objects = changed(self._datastore.objects, entries)
+        self._absent = changed(self._absent, absent)
 
-    def _write_whole(self, entries: Entries) -> None:
+    def _write_whole(self, entries: Entries, absent: Entries) -> None:
         """Write the index with other entries for some images."""
         objects = {**self._datastore.objects, **entries}
+        gone = {image: entry.model_dump() for image, entry in {**self._absent, **absent}.items() if entry is not None}
         self._journal.write_index(
-            self._datastore.model_dump(exclude={"base_path", "objects"}),
+            {**self._datastore.model_dump(exclude={"base_path", "objects"}), **({"absent": gone} if gone else {})},
             ((image, entry.model_dump()) for image, entry in objects.items() if entry is not None),
         )
 
@@ -155,7 +186,7 @@ class IndexedFolder(LocalDatastore):  # type: ignore[misc]
         with self._lock:
             self._catch_up()
             self._datastore.name, self._datastore.description = said.name, said.description
-            self._write_whole({})
+            self._write_whole({}, {})
 
     def _init_from_datastore_file(self, throw_exception: bool = False) -> None:
         """Take in what other processes stored."""
@@ -167,14 +198,16 @@ class IndexedFolder(LocalDatastore):  # type: ignore[misc]
         content = self._journal.read_index()
         if content is not None:
             try:
-                known = _read(content)
+                known = read_index(content)
             except ValueError as error:
                 if self._read_only or (at_start and not recover(self._journal.index)):
                     raise
                 return self._catch_up(at_start) if at_start else self._replace_damaged(error)
             known.base_path = self._datastore_path
-            self._datastore = known
-        return self._apply({image: _entry(facts) for image, facts in self._journal.read_changes()})
+            self._datastore, self._absent = known, known.absent
+        changes = self._journal.read_changes()
+        entries = {image: entry_of(facts) for image, facts, _ in changes}
+        return self._apply(entries, {image: entry_of(gone) for image, _, gone in changes})
 
     def _replace_damaged(self, error: ValueError) -> None:
         """Write the index anew from memory, where somebody else damaged it meanwhile."""
@@ -183,7 +216,7 @@ class IndexedFolder(LocalDatastore):  # type: ignore[misc]
         with suppress(OSError):
             replace_by_copy(self._journal.index, damaged)
         self._journal.forget()
-        self._write_whole({})
+        self._write_whole({}, {})
 
     # -- what is in the folder --------------------------------------------------------------------------------------
 
@@ -191,37 +224,70 @@ class IndexedFolder(LocalDatastore):  # type: ignore[misc]
         """Take in what is in the folder, and what is no longer."""
         with self._lock:
             self._catch_up()
-            self._take_note(self._differences())
+            entries, absent = self._differences()
+            self._take_note(entries, absent)
+        gone = [image for image in absent if entries.get(image) is None]
+        if gone:
+            some = ", ".join(gone[:10]) + (f" and {len(gone) - 10} more" if len(gone) > 10 else "")
+            logger.warning("%s: no image in the folder any more; what is known of the labels is kept", some)
 
-    def _differences(self) -> dict[str, ImageLabelModel | None]:
-        """Return what the index does not say, but the folder."""
+    def _differences(self) -> tuple[dict[str, ImageLabelModel | None], dict[str, ImageLabelModel | None]]:
+        """Return what the index does not say, but the folder: of what is here, and of what is gone."""
         there, labels = _names(Path(self._datastore.image_path())), self._label_folders()
+        found = [
+            (image, tag, ending)
+            for tag, files in labels.items()
+            for image, ending in self._volumes(self._datastore.label_path(tag), files)
+        ]
+        entries, absent = self._gone(there, labels, {image for image, *_ in found})
         known = self._datastore.objects
-        entries: dict[str, ImageLabelModel | None] = {}
-        for image, entry in known.items():
-            if not self._is_there(image, entry, there):
-                entries[image] = None
-            elif gone := [tag for tag, label in entry.labels.items() if image + label.ext not in labels.get(tag, ())]:
-                entries[image] = _with_labels(entry, {tag: entry.labels[tag] for tag in entry.labels.keys() - gone})
         for image, ending in self._volumes(self._datastore.image_path(), there):
             if entries.get(image, known.get(image)) is None:
-                entries[image] = ImageLabelModel(image=_found(image, ending))
-        for tag, files in labels.items():
-            for image, ending in self._volumes(self._datastore.label_path(tag), files):
-                labelled = entries.get(image, known.get(image))
-                if labelled is not None and tag not in labelled.labels:
-                    entries[image] = _with_labels(labelled, {**labelled.labels, tag: _found(image, ending)})
-        return entries
+                entries[image] = ImageLabelModel(image=found_file(image, ending))
+        new = defaultdict[str, list[tuple[str, str]]](list)
+        for image, tag, ending in found:
+            labelled = entries.get(image, known.get(image))
+            if labelled is not None and tag not in labelled.labels:
+                new[image].append((tag, ending))
+        for image, files_found in new.items():
+            kept = absent.get(image, self._absent.get(image))
+            entries[image] = with_found(image, entries.get(image, known.get(image)), files_found, kept)
+        return entries, absent
+
+    def _gone(
+        self, there: Set[str], labels: Mapping[str, Set[str]], labelled: Set[str]
+    ) -> tuple[dict[str, ImageLabelModel | None], dict[str, ImageLabelModel | None]]:
+        """Return what the index is to say of images with files that are gone: of what is here, and of what is gone."""
+        entries, absent = dict[str, ImageLabelModel | None](), dict[str, ImageLabelModel | None]()
+        for image, entry in self._datastore.objects.items():
+            kept = self._absent.get(image)
+            before = kept.labels if kept else {}
+            if not self._is_there(image, entry, there):
+                entries[image] = None
+                if entry.labels or before or image in labelled:
+                    absent[image] = with_labels(entry, {**before, **worth_keeping(entry.labels)})
+            elif gone := [tag for tag, label in entry.labels.items() if image + label.ext not in labels.get(tag, ())]:
+                entries[image] = with_labels(entry, {tag: entry.labels[tag] for tag in entry.labels.keys() - gone})
+                known = worth_keeping({tag: entry.labels[tag] for tag in gone})
+                absent[image] = with_labels(entry, {**before, **known})
+        return entries, absent
+
+    def _forget_gone(self) -> None:
+        """Forget images of which no file is left, nor one of a label."""
+        with self._lock:
+            self._catch_up()
+            gone = [image for image in self._absent if image not in self._datastore.objects]
+            self._take_note({}, {image: None for image in gone if not any(map(_is_file, self._files_of_labels(image)))})
 
     def _entry_of(self, image: str, ending: str, info: Mapping[str, Any]) -> ImageLabelModel:
         """Return what there is to say of an image that was added, its labels among it if they were there before."""
-        known = self._datastore.objects.get(image) or ImageLabelModel(image=_found(image, ending))
+        known = self._datastore.objects.get(image) or ImageLabelModel(image=found_file(image, ending))
         endings = [pattern.removeprefix("*") for pattern in self._extensions]
         folders = [path for path in Path(self._datastore.label_path(None)).iterdir() if path.is_dir()]
         there = [(path.name, one) for path in folders for one in endings if (path / (image + one)).is_file()]
-        entry = _with_labels(known, {**{tag: _found(image, one) for tag, one in there}, **known.labels})
+        entry = with_found(image, known, there, self._absent.get(image) if there else None)
         return entry.model_copy(
-            update={"image": DataModel(ext=known.image.ext, info={**known.image.info, **plain(info)})}
+            update={"image": DataModel(ext=known.image.ext, info={**entry.image.info, **plain(info)})}
         )
 
     def _is_there(self, image: str, entry: ImageLabelModel, files: Set[str]) -> bool:
@@ -269,31 +335,11 @@ class _Watch(PatternMatchingEventHandler):
         self._tell()
 
 
-def _read(content: bytes) -> LocalDatastoreModel:
-    known = LocalDatastoreModel.model_validate_json(content)
-    if "objects" not in known.model_fields_set:
-        raise ValueError("it has no objects")
-    return known
-
-
-def _entry(facts: dict[str, Any] | None) -> ImageLabelModel | None:
-    return None if facts is None else ImageLabelModel.model_validate(facts)
-
-
-def _facts(entry: ImageLabelModel | None) -> dict[str, Any] | None:
-    return None if entry is None else entry.model_dump()
-
-
 def _names(folder: Path) -> set[str]:
     """Return the names of the files of a folder, without links to what is gone."""
     with os.scandir(folder) as found:
         return {entry.name for entry in found if entry.is_file()}
 
 
-def _with_labels(entry: ImageLabelModel, labels: dict[str, DataModel]) -> ImageLabelModel:
-    return ImageLabelModel(image=entry.image, labels=labels)
-
-
-def _found(image: str, ending: str) -> DataModel:
-    """Return what is known of a file that was found."""
-    return DataModel(ext=ending, info={"ts": int(time.time()), "name": image + ending})
+def _is_file(path: Path) -> bool:
+    return path.is_file()

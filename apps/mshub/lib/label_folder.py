@@ -6,7 +6,7 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -121,31 +121,32 @@ class LabelFolder(IndexedFolder):
         """Let the index say what is so, where a label was being stored: the new one is in place, or the old one is."""
         folder = self._labels_folder
         note = LabelNote.read(folder)
-        if note is not None and note.image in self._datastore.objects:
+        known = note and self._known_of(note.image)
+        if note is not None and known is not None:
             if note.is_done(folder):
-                self._complete(note)
+                self._complete(note, known.labels)
             else:
-                self._abandon(note)
+                self._abandon(note, known.labels)
         _remove(folder / NAME)
 
-    def _complete(self, note: LabelNote) -> None:
-        folder, entry = self._labels_folder, self._datastore.objects[note.image].model_copy(deep=True)
-        for tag, known in note.labels.items():
-            if (folder / tag / (note.image + known["ext"])).is_file():
-                entry.labels[tag] = DataModel(**known)
-        self._store({note.image: entry})
+    def _known_of(self, image: str) -> ImageLabelModel | None:
+        """Return what is known of an image, also of one whose file is gone for a moment."""
+        return self._datastore.objects.get(image) or self._absent.get(image)
+
+    def _complete(self, note: LabelNote, known: Mapping[str, DataModel]) -> None:
+        folder = self._labels_folder
+        there = {tag: one for tag, one in note.labels.items() if (folder / tag / (note.image + one["ext"])).is_file()}
+        self._store_labels(note.image, {**known, **{tag: DataModel(**one) for tag, one in there.items()}})
         target = folder / note.file
         others = [target.with_name(note.image + ending) for ending in IMAGE_ENDINGS]
         _remove(folder / REPLACED, *(other for other in others if other != target))
 
-    def _abandon(self, note: LabelNote) -> None:
-        folder, entry = self._labels_folder, self._datastore.objects[note.image]
+    def _abandon(self, note: LabelNote, known: Mapping[str, DataModel]) -> None:
         if note.copy:
-            (folder / note.copy).unlink(missing_ok=True)
+            (self._labels_folder / note.copy).unlink(missing_ok=True)
         aside = Path(note.copy).parts[0] if note.copy else ""
-        if aside in entry.labels:
-            labels = {tag: label for tag, label in entry.labels.items() if tag != aside}
-            self._store({note.image: ImageLabelModel(image=entry.image, labels=labels)})
+        if aside in known:
+            self._store_labels(note.image, {tag: label for tag, label in known.items() if tag != aside})
 
     def _take_back(self, note: LabelNote, old: Path | None, kept: Path | None) -> None:
         """Let the label that was to be replaced be in its place again, by renaming: there may be no room for a copy."""
@@ -171,8 +172,8 @@ class LabelFolder(IndexedFolder):
             logger.error("the index cannot be written: %s", error)
 
     def _next_version(self, image_id: str) -> str:
-        labels = self._datastore.objects[image_id].labels
-        numbers = [int(match[1]) for match in map(_VERSION.fullmatch, labels) if match]
+        known = [table[image_id].labels for table in (self._datastore.objects, self._absent) if image_id in table]
+        numbers = [int(match[1]) for labels in known for match in map(_VERSION.fullmatch, labels) if match]
         return f"version_{max(numbers, default=0) + 1}"
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
+import os
 import shutil
 import threading
 import time
@@ -21,6 +23,7 @@ from lib import index_journal
 from lib.datastore import StudiesFolder
 from lib.index_file import INDEX
 from lib.index_journal import IndexJournal
+from mshub import atomic_file
 
 SHAPE = (5, 4, 3)
 CASES = ("a", "b", "c")
@@ -407,3 +410,134 @@ def test_the_index_has_an_image_a_line(studies: Path) -> None:
     lines = (studies / INDEX).read_text().splitlines()
     assert [line.partition(":")[0] for line in lines[1:-1]] == [f'"{case}"' for case in store.list_images()]
     assert json.loads((studies / INDEX).read_text())["objects"]["a"]["image"]["info"]["noted"] == 1
+
+
+# -- errors that come late --------------------------------------------------------------------------------------------
+
+
+def late_error(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Let the disk fail once, right after a file got a name: the folder is not synced."""
+    synced, failed = atomic_file.sync_folder, list[Path]()
+    replace = Path.replace
+
+    def noted_replace(self: Path, target: Path) -> Path:
+        noted_replace.last = Path(target)  # type: ignore[attr-defined]
+        return replace(self, target)
+
+    def sync(folder: Path) -> None:
+        if not failed and noted_replace.last.name == name:  # type: ignore[attr-defined]
+            failed.append(folder)
+            raise OSError(errno.EIO, "input/output error")
+        synced(folder)
+
+    monkeypatch.setattr(Path, "replace", noted_replace)
+    monkeypatch.setattr(atomic_file, "sync_folder", sync)
+
+
+def let_nothing_be_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the journal be neither cut nor removed; a new one is."""
+    unlink = Path.unlink
+
+    def broken_truncate(*_: Any) -> None:
+        raise OSError(errno.EIO, "input/output error")
+
+    def broken_unlink(self: Path, missing_ok: bool = False) -> None:
+        if self.name == JOURNAL and self.exists():
+            raise OSError(errno.EIO, "input/output error")
+        unlink(self, missing_ok)
+
+    monkeypatch.setattr("lib.index_journal.os.truncate", broken_truncate)
+    monkeypatch.setattr(Path, "unlink", broken_unlink)
+
+
+FSYNC = os.fsync
+
+
+def no_fsync(descriptor: int) -> None:
+    """Fail for the journal alone."""
+    if Path(f"/proc/self/fd/{descriptor}").readlink().name == JOURNAL:
+        raise OSError(errno.EIO, "input/output error")
+    FSYNC(descriptor)
+
+
+def final_label(store: StudiesFolder, case: str) -> tuple[int, dict[str, int]]:
+    """Return how many voxels the file of a label has, and what the index says."""
+    array = np.asarray(nib.load(store.get_label_uri(case, "final")).dataobj)
+    return int(array.sum()), store.get_label_info(case, "final")["voxels"]
+
+
+def test_a_label_answered_with_an_error_is_not_in_the_journal_later(
+    studies: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = opened(studies)
+    submit(store, "a", voxels=3)
+    store.tidy()
+    late_error(monkeypatch, JOURNAL)
+    with pytest.raises(OSError, match="input/output"):
+        submit(store, "a", voxels=5)
+    for one in (store, opened(studies)):
+        note(one, "a", 1)
+        assert final_label(one, "a") == (3, {"liver": 3})
+        assert set(one.get_labels_by_image_id("a")) == {"final"}
+
+
+@pytest.mark.parametrize("journal", ["new", "appended to"])
+def test_a_label_whose_line_cannot_be_taken_back_is_stored(
+    studies: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, journal: str
+) -> None:
+    store = opened(studies)
+    submit(store, "a", voxels=3)
+    if journal == "new":
+        store.tidy()
+
+    with monkeypatch.context() as patch:
+        let_nothing_be_taken_back(patch)
+        late_error(patch, JOURNAL) if journal == "new" else patch.setattr("lib.index_journal.os.fsync", no_fsync)
+        submit(store, "a", voxels=5)
+    assert "input/output error" in caplog.text
+    for one in (store, opened(studies)):
+        note(one, "b", 1)
+        assert final_label(one, "a") == (5, {"liver": 5})
+        assert set(one.get_labels_by_image_id("a")) == {"final", "version_1"}
+
+
+@pytest.mark.parametrize("where", ["sync", "retire"])
+def test_an_index_that_was_written_is_written_whatever_fails_after_it(
+    studies: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    store = opened(studies)
+    submit(store, "a", voxels=3)
+    (studies / JOURNAL).unlink()  # the next change is written whole
+    if where == "sync":
+        late_error(monkeypatch, INDEX)
+    else:
+        retire = IndexJournal._retire
+        failures = iter([OSError(errno.EIO, "input/output error")])
+
+        def failing(self: IndexJournal) -> None:
+            for error in failures:
+                raise error
+            retire(self)
+
+        monkeypatch.setattr(IndexJournal, "_retire", failing)
+    submit(store, "a", voxels=5)
+    for one in (store, opened(studies)):
+        note(one, "b", 1)
+        assert final_label(one, "a") == (5, {"liver": 5})
+        assert noted(one)[1] == 1
+
+
+def test_a_journal_whose_changes_are_in_the_index_and_that_cannot_be_removed_harms_nothing(
+    studies: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = opened(studies)
+    note(store, "a", 1)
+    let_nothing_be_taken_back(monkeypatch)
+    store.tidy()
+    with pytest.raises(OSError, match="input/output"):
+        note(store, "a", 2)
+    assert noted(store) == noted(opened(studies)) == [1, None, None]
+    monkeypatch.undo()
+    note(store, "a", 3)
+    assert noted(store) == noted(opened(studies)) == [3, None, None]
+    assert kept(studies, "other") == []

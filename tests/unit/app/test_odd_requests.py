@@ -137,17 +137,22 @@ def test_a_download_holds_whole_pairs_though_images_are_removed_meanwhile(
     store = clinic.datastore()
     for image in ("a", "b"):
         review(image, "liver")
-    listed = store.datalist()
-    gone, there = (next(pair for pair in listed if Path(pair["image"]).name.startswith(image)) for image in ("a", "b"))
-    os.utime(there["image"], (1, 1))  # a ZIP knows no date before 1980
-    monkeypatch.setattr(store, "datalist", lambda: (Path(gone["label"]).unlink(missing_ok=True), listed)[1])
+    there = {Path(pair["image"]).name[0]: pair for pair in store.datalist()}
+    os.utime(there["b"]["image"], (1, 1))  # a ZIP knows no date before 1980
+    sized = store._bytes_to_pack
+
+    def removed_then(*of: Any) -> int:
+        Path(there["a"]["label"]).unlink(missing_ok=True)
+        return sized(*of)
+
+    monkeypatch.setattr(store, "_bytes_to_pack", removed_then)
     answer = server.get("/datastore/dataset")
     with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
         assert set(archive.namelist()) == {"image/b.nii.gz", "label/b.nii.gz", "metadata.json"}
-        assert archive.read("label/b.nii.gz") == Path(there["label"]).read_bytes()
+        assert archive.read("label/b.nii.gz") == Path(there["b"]["label"]).read_bytes()
         assert archive.testzip() is None
-    Path(there["image"]).unlink()
-    assert "no image with a final label" in refused(server.get("/datastore/dataset"), 404, "not-found")
+    Path(there["b"]["image"]).unlink()
+    assert "there is no file b.nii.gz" in refused(server.get("/datastore/dataset"), 404, "not-found")
 
 
 def test_the_folder_is_looked_at_while_images_come_and_go(clinic: MSHubApp, tmp_path: Path) -> None:
