@@ -46,7 +46,8 @@ def test_a_handler_keeps_its_parameters_and_leaves_the_loop() -> None:
     async def keep(name: str, times: int = 1, note: Annotated[str, Form()] = "none") -> dict[str, Any]:
         return {"name": name, "times": times, "note": note, "is_loop": threading.get_ident() == loop}
 
-    api = FastAPI(routes=list(in_threads([router])))
+    api = FastAPI()
+    api.router.routes += in_threads([router], api)
     kept = TestClient(api).put("/kept/a?times=3", data={"note": "x"})
     assert kept.json() == {"name": "a", "times": 3, "note": "x", "is_loop": False}
     assert TestClient(api).put("/kept/a?times=many", data={"note": "x"}).status_code == 422

@@ -32,7 +32,7 @@ from starlette.types import Scope
 
 from lib.faults import check_name, not_found
 from lib.oidc_settings import OidcSettings
-from lib.server.access import USER, Access, Guards, address_of, comes_from_one_person
+from lib.server.access import LOCAL_USER, USER, Access, Guards, address_of, comes_from_one_person
 from lib.server.bodies import Bodies
 from lib.server.disconnects import Disconnects
 from lib.server.error_answers import add_error_answers
@@ -115,7 +115,7 @@ def infer(
     unsafe = sorted(options.keys() & {"image", "model", "session", "channels", "image_id"})
     if unsafe:
         raise HTTPException(400, f"params may not set {', '.join(unsafe)}: use the query parameters of /infer.")
-    options = {name: value for name, value in options.items() if name in INFER_OPTIONS}
+    options = _by(user, {name: value for name, value in options.items() if name in INFER_OPTIONS})
     if not (image or session_id or file):
         raise HTTPException(400, "The request names no image: add ?image=ID, ?session_id=ID or a file.")
     if not file and not session_id and image.startswith(("/", "\\", ".")):
@@ -261,7 +261,7 @@ def add_image(
     params: Annotated[str, Form()] = "{}",
 ) -> dict[str, str]:
     """Take an image into the datastore, under the id that is asked for or else its file's name without the ending."""
-    info = {**json_object(params, "params"), "user": user.username}
+    info = {**json_object(params, "params"), **({"user": user.username} if user.username else {})}
     ending = volume_ending(file.filename)
     image = image or base_name(file.filename)[: -len(ending)]
     check_name("image id", image)
@@ -286,9 +286,8 @@ def save_label(
     """Store a label; a plain function, as checking it and storing it in the PACS take seconds."""
     rename(label, "label")
     try:
-        return datastore.save_label(
-            background_tasks, image, json.dumps(json_object(params, "params")), tag, label, user.username
-        )
+        told = json.dumps(_by(user, json_object(params, "params")))
+        return datastore.save_label(background_tasks, image, told, tag, label, user.username)
     finally:
         _clean_up(background_tasks)
 
@@ -332,7 +331,7 @@ def stock_viewer(user: AnyUser, path: str) -> Any:
 
 def next_sample(request: Request, user: AnyUser, strategy: str, params: Annotated[Any, Body()] = None) -> Any:
     """Return the next case to label; a plain function, as the PACS is asked for its series."""
-    sample = _next_case({**_object(params, '{"client_id": "me"}'), "strategy": strategy})
+    sample = _next_case({**_by(user, _object(params, '{"client_id": "me"}')), "strategy": strategy})
     if "id" in sample and "authorization" in request.headers:
         _offer(request, sample["id"])
     return sample
@@ -360,7 +359,7 @@ def _offer(request: Request, image: str) -> None:
 
 def start_prelabelling(user: Annotator, model: str, params: Annotated[Any, Body()] = None) -> Any:
     """Start pre-labelling waiting or chosen cases; see `lib.activelearning.Prelabels.start` for the options."""
-    return app_instance().start_prelabelling(model, _object(params, '{"limit": 20}'))
+    return app_instance().start_prelabelling(model, _by(user, _object(params, '{"limit": 20}')))
 
 
 def list_prelabelling(user: AnyUser) -> Any:
@@ -441,8 +440,12 @@ def _session_exists(session_id: str) -> bool:
 
 
 def _train_params(params: Any, user: User) -> dict[str, Any]:
-    options = _object(params, '{"epochs": 20}')
-    return {**options, "client_id": options.get("client_id") or user.username}
+    return _by(user, _object(params, '{"epochs": 20}'))
+
+
+def _by(user: User, options: dict[str, Any]) -> dict[str, Any]:
+    """Return a client's options with who it is: whoever logged in, whatever the client says."""
+    return {**options, "client_id": user.username} if user.username else options
 
 
 def _object(params: Any, example: str) -> dict[str, Any]:
@@ -520,9 +523,9 @@ def _upload_limit() -> int:
 
 
 def _current_user(request: Request) -> User:
-    """Return who asks, as MONAI Label's routes want to know it; what they may was decided before."""
+    """Return who asks, as routes want to know it; without users, nobody. What they may was decided before."""
     user = request.scope[USER]
-    return User(username=user.name, roles=[user.role])
+    return User(username="" if user is LOCAL_USER else user.name, roles=[user.role])
 
 
 def _is_program(scope: Scope) -> bool:
@@ -539,9 +542,12 @@ def _describe_ours() -> None:
 
 
 def _extend(api: Any) -> None:
-    routes = [JsonRoute(path, answer, methods=[method], tags=[tag]) for method, path, answer, tag in ROUTES]
+    routes = [
+        JsonRoute(path, answer, methods=[method], tags=[tag], dependency_overrides_provider=api)
+        for method, path, answer, tag in ROUTES
+    ]
     health = Health(_home, status)
-    api.router.routes[:0] = [*routes, *Login(_home, _sign_on).routes(), *health.routes(), *in_threads(UPSTREAM)]
+    api.router.routes[:0] = [*routes, *Login(_home, _sign_on).routes(), *health.routes(), *in_threads(UPSTREAM, api)]
     add_viewer(api, _home)
     _describe_ours()
     api.dependency_overrides[get_current_user] = _current_user

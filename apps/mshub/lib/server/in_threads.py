@@ -9,19 +9,25 @@ import inspect
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
 
 from lib.server.json_input import JsonRoute
 
 
-def in_threads(routers: Iterable[APIRouter]) -> Iterator[APIRoute]:
-    """Yield routes that answer as those of `routers` do, without holding up the server."""
+def in_threads(routers: Iterable[APIRouter], api: FastAPI) -> Iterator[APIRoute]:
+    """Yield routes of `api` that answer as those of `routers` do, without holding up the server."""
     for router in routers:
         for route in router.routes:
             if isinstance(route, APIRoute) and inspect.iscoroutinefunction(route.endpoint):
                 # The original is in the description of the interface already.
-                yield JsonRoute(route.path, plain(route.endpoint), methods=route.methods, include_in_schema=False)
+                yield JsonRoute(
+                    route.path,
+                    plain(route.endpoint),
+                    methods=route.methods,
+                    include_in_schema=False,
+                    dependency_overrides_provider=api,
+                )
 
 
 def plain(answer: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., Any]:

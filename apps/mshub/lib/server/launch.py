@@ -6,11 +6,13 @@ scroll away. It configures logging only where nobody has: this does.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import signal
 import sys
 from functools import partial
+from typing import NoReturn
 
 import uvicorn
 from monailabel.main import Main
@@ -53,5 +55,22 @@ def main() -> None:
             lock.release()
 
 
+def leave(code: int) -> NoReturn:
+    """End the process once everything is in order, whatever threads are still at work.
+
+    Python would take from under those what they use: libraries at work answer that with a trace, or abort.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SystemExit as ending:
+        if not isinstance(ending.code, int):  # a sentence
+            raise
+        leave(ending.code)
+    leave(0)
