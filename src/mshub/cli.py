@@ -9,6 +9,7 @@ import logging
 import sys
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 from rich.logging import RichHandler
@@ -41,6 +42,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 # What a version's record says of it, beside the card.
+SAMPLES = "sample-studies"
+"""Folder under MSHUB_HOME where the working copy of the sample data is."""
 _RECORDED = [
     "channels",
     "configuration",
@@ -542,7 +545,7 @@ def serve(
     ] = None,
 ) -> None:
     """Start the MONAI Label server with all installed models."""
-    from mshub.serve import check_exposure, run_server, server_command, server_environment, write_log_config
+    from mshub import serve as server
 
     if (studies is None) == (not sample):
         raise ConfigError("Say what to serve: either --studies DIR (or a DICOMweb address) or --sample.")
@@ -557,15 +560,19 @@ def serve(
     }
     said = {key: value for key, value in sign_on.items() if value}
     options = {**said, **_pairs("--conf", conf or [], "device=cpu")}
-    check_exposure(host, store.home, has_sign_on=bool(options.get("oidc_issuer")))
+    server.check_exposure(host, store.home, has_sign_on=bool(options.get("oidc_issuer")))
+    server.check_address(host, port)
     tls = _tls_files(tls_cert, tls_key)
     folder = _prepare_samples(store) if sample else _studies(str(studies))
-    command = server_command(folder, host, port, options, write_log_config(store.home, log_format), tls)
+    log_config = server.write_log_config(store.home, log_format)
+    command = server.server_command(folder, host, port, options, log_config, tls)
     _announce(store, folder, host, port, "https" if tls else "http", options.get("oidc_issuer"))
-    raise typer.Exit(run_server(command, server_environment(store.home)))
+    raise typer.Exit(server.run_server(command, server.server_environment(store.home)))
 
 
 def _tls_files(cert: Path | None, key: Path | None) -> tuple[Path, Path] | None:
+    from mshub.serve import check_tls
+
     if cert is None and key is None:
         return None
     if cert is None or key is None:
@@ -573,6 +580,7 @@ def _tls_files(cert: Path | None, key: Path | None) -> tuple[Path, Path] | None:
     missing = [str(path) for path in (cert, key) if not path.is_file()]
     if missing:
         raise ConfigError(f"There is no file {missing[0]}; expected the server's certificate and key in PEM.")
+    check_tls(cert, key)
     return cert.resolve(), key.resolve()
 
 
@@ -583,13 +591,20 @@ def _prepare_samples(store: ModelStore) -> str:
         from mshub.install import fetch_model
 
         fetch_model(store, "starter")
-    folder = store.home / "sample-studies"
+    folder = store.home / SAMPLES
     copy_samples(folder)
     return str(folder)
 
 
 def _studies(studies: str) -> str:
     if "://" in studies:
+        try:
+            urlsplit(studies)
+        except ValueError as error:
+            raise ConfigError(
+                f"--studies {studies} is no address ({error}). Expected a folder, or a DICOMweb service such as "
+                "http://pacs:8042/dicom-web."
+            ) from error
         return studies
     if not Path(studies).is_dir():
         raise ConfigError(
@@ -617,12 +632,8 @@ def _announce(store: ModelStore, studies: str, host: str, port: int, scheme: str
     out.print(f"  3D Slicer        MONAI Label module, server address [cyan]{url}[/]")
     out.print(f"  OHIF viewer      {_viewer(store, studies, url)}", soft_wrap=True)
     out.print(f"  API and status   [cyan]{url}/[/]  [cyan]{url}/mshub/status[/]")
-    model, example = _example(store, studies)
-    if model and example:
-        out.print(
-            f"  in a terminal    {this_command()} predict {model} {escape(near(example))} -o label.nii.gz",
-            soft_wrap=True,
-        )
+    if example := _example(store, studies):
+        out.print(f"  in a terminal    {this_command()} predict {escape(example)} -o label.nii.gz", soft_wrap=True)
     users = user_file(store.home).users()
     who = [f"{len(users)} user(s), who log in"] if users else []
     who += [f"people of {issuer}"] if issuer else []
@@ -652,11 +663,13 @@ def _viewer(store: ModelStore, studies: str, url: str) -> str:
     return f"not installed yet: `make viewer`  ({stock})"
 
 
-def _example(store: ModelStore, studies: str) -> tuple[str | None, Path | None]:
-    """Return a model with one channel, the starter first, and an image to try it on."""
+def _example(store: ModelStore, studies: str) -> str:
+    """Return a model with one channel, the starter first, and what to try it on: a sample; others' stay unnamed."""
     models = [model for model in store.installed() if len(store.current(model).record["channels"]) == 1]
-    images = sorted(Path(studies).glob("*.nii.gz")) if "://" not in studies else []
-    return next(iter(sorted(models, key=lambda model: model != "starter")), None), next(iter(images), None)
+    if not models or "://" in studies:
+        return ""
+    samples = sorted(Path(studies).glob("*.nii.gz")) if Path(studies) == store.home / SAMPLES else []
+    return f"{min(models, key=lambda model: model != 'starter')} {near(samples[0]) if samples else 'IMAGE.nii.gz'}"
 
 
 # -- shared -----------------------------------------------------------------------------------------------------------

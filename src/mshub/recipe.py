@@ -160,4 +160,7 @@ def _converted(key: str, value: Any) -> Any:
             raise ValueError("expected a whole number")
         return int(value)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"The recipe's {key} is {value!r}: {error}.") from error
+        told = (
+            str(error) if str(error).startswith("expected") else f"expected a {'' if kind is float else 'whole '}number"
+        )
+        raise ConfigError(f"The recipe's {key} is {value!r}: {told}.") from error

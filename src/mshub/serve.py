@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import ipaddress
 import json
 import os
+import socket
+import ssl
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -50,6 +53,61 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def check_address(host: str, port: int) -> None:
+    """Refuse an address where the server could not listen, before everything is loaded.
+
+    Raises
+    ------
+    ConfigError
+        This machine has no such address, or another program listens there.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            if os.name == "posix":
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+            probe.bind(address)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            reason = "another program listens there, perhaps another MSHub. End that one, or choose another --port."
+        elif error.errno in (errno.EACCES, errno.EPERM):
+            reason = "this user may not listen there. Choose a --port above 1023."
+        else:
+            reason = f"{error.strerror or error}. Expected an address of this machine, such as 127.0.0.1 or 0.0.0.0."
+        raise ConfigError(f"The server cannot listen at --host {host} --port {port}: {reason}") from error
+
+
+def check_tls(cert: Path, key: Path) -> None:
+    """Refuse files with which the server could not speak HTTPS.
+
+    Raises
+    ------
+    ConfigError
+        They are no certificate and key, the key is another certificate's, or it is encrypted.
+    """
+
+    def encrypted() -> str:
+        raise ConfigError(
+            f"The key {key} is encrypted, and nobody is there to type its password. Expected a key without one: "
+            f"openssl pkey -in {key.name} -out plain.pem, readable by the server alone."
+        )
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(cert, key, encrypted)
+    except ssl.SSLError as error:
+        if error.reason == "KEY_VALUES_MISMATCH":
+            reason = "the key is that of another certificate"
+        else:
+            reason = f"one of them is no PEM of the kind that is expected ({error.reason or error})"
+        raise ConfigError(
+            f"--tls-cert {cert} and --tls-key {key} do not go together: {reason}. Expected the server's certificate, "
+            "followed by those of its issuers, and its private key."
+        ) from error
+    except OSError as error:
+        raise ConfigError(f"--tls-cert {cert} or --tls-key {key} cannot be read: {error.strerror}.") from error
 
 
 def server_command(

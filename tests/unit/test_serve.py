@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ import pytest
 from mshub import serve
 from mshub.bundled import app_folder, copy_samples, sample_data
 from mshub.errors import ConfigError, StoreError
-from mshub.serve import run_server, server_command, server_environment, write_log_config
+from mshub.serve import check_address, check_tls, run_server, server_command, server_environment, write_log_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,6 +34,54 @@ def test_the_server_is_monailabels_own_with_our_app(tmp_path: Path) -> None:
     assert (options["--host"], options["--port"]) == ("0.0.0.0", "8123")
     assert options["--uvicorn_app"] == "lib.server.asgi:app"
     assert command[-6:] == ["--conf", "device", "cpu", "--conf", "models", "a,b"]
+
+
+def test_an_address_where_nobody_can_listen_is_refused_before_all_is_loaded() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        port = other.getsockname()[1]
+        other.listen()
+        with pytest.raises(ConfigError, match=f"--port {port}: another program listens there"):
+            check_address("127.0.0.1", port)
+    check_address("localhost", port)
+    with pytest.raises(ConfigError, match=r"--host 192\.0\.2\.1 .* Expected an address of this machine"):
+        check_address("192.0.2.1", 8000)
+    with pytest.raises(ConfigError, match=r"--host no host .* Expected an address of this machine"):
+        check_address("no host", 8000)
+
+
+@pytest.fixture(scope="module")
+def pem(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """Return a function that gives the certificate, key or encrypted key of a machine."""
+    folder = tmp_path_factory.mktemp("pem")
+
+    def made(machine: str, kind: str) -> Path:
+        key = folder / f"{machine}.key"
+        if not key.exists():
+            options = ["-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", f"/CN={machine}"]
+            openssl("req", "-x509", *options, "-keyout", str(key), "-out", str(folder / f"{machine}.cert"))
+            openssl("pkey", "-in", str(key), "-aes256", "-passout", "pass:x", "-out", str(folder / f"{machine}.secret"))
+        return folder / f"{machine}.{kind}"
+
+    return made
+
+
+def openssl(*arguments: str) -> None:
+    if shutil.which("openssl") is None:
+        pytest.skip("not installed: openssl")
+    subprocess.run(["openssl", *arguments], check=True, capture_output=True)
+
+
+def test_a_certificate_and_its_key_are_tried_before_all_is_loaded(pem: Callable[[str, str], Path]) -> None:
+    check_tls(pem("one", "cert"), pem("one", "key"))
+    with pytest.raises(ConfigError, match=r"two\.key do not go together: the key is that of another certificate"):
+        check_tls(pem("one", "cert"), pem("two", "key"))
+    with pytest.raises(ConfigError, match="no PEM of the kind that is expected"):
+        check_tls(pem("one", "key"), pem("one", "cert"))
+    with pytest.raises(ConfigError, match=r"one\.secret is encrypted.*openssl pkey -in one\.secret"):
+        check_tls(pem("one", "cert"), pem("one", "secret"))
+    with pytest.raises(ConfigError, match="cannot be read"):
+        check_tls(pem("one", "cert"), pem("one", "cert").with_name("gone"))
 
 
 def test_without_options_the_app_gets_none() -> None:

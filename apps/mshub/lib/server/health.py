@@ -16,6 +16,8 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from lib.free_space import RESERVE_BYTES, free_bytes
+from lib.server.access import Guards
+from mshub.errors import MSHubError
 
 SECONDS = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 1800)
 
@@ -118,3 +120,7 @@ class Health:
             yield f"the disk is full: {free / 1e6:,.0f} MB are left, expected {RESERVE_BYTES / 1e6:,.0f} MB"
         if not os.access(home, os.W_OK):
             yield "MSHUB_HOME cannot be written to"
+        try:
+            Guards.of(home).users.users()
+        except MSHubError:
+            yield "the file of users is damaged or gone, and nobody can log in; see the log"
