@@ -265,7 +265,7 @@ class IndexedFolder(LocalDatastore):  # type: ignore[misc]
             if not self._is_there(image, entry, there):
                 entries[image] = None
                 if entry.labels or before or image in labelled:
-                    absent[image] = with_labels(entry, {**before, **worth_keeping(entry.labels)})
+                    absent[image] = with_labels(entry, {**entry.labels, **before, **worth_keeping(entry.labels)})
             elif gone := [tag for tag, label in entry.labels.items() if image + label.ext not in labels.get(tag, ())]:
                 entries[image] = with_labels(entry, {tag: entry.labels[tag] for tag in entry.labels.keys() - gone})
                 known = worth_keeping({tag: entry.labels[tag] for tag in gone})
