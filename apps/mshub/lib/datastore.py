@@ -335,9 +335,9 @@ class StudiesFolder(LabelFolder):
             self._take_note({image_id: None}, {image_id: None})
 
     def _is_there(self, image: str, entry: ImageLabelModel, files: Set[str]) -> bool:
-        """Return whether the file of an image is among the files, and no channel of another image."""
-        name = image + entry.image.ext
-        return name in files and not _is_further_channel(name, files)
+        """Return whether the file of an image is among the files, and no channel of another one that came back."""
+        name, drawn = image + entry.image.ext, entry.labels.keys() - {DefaultLabelTag.ORIGINAL.value}
+        return name in files and (bool(drawn) or not _is_further_channel(name, files))
 
     def _id_of(self, name: str) -> str:
         """Return the id of the image that a file of the folder belongs to."""
@@ -371,8 +371,9 @@ class StudiesFolder(LabelFolder):
             404 if there is nothing to download, 507 if the folder for temporary files has no room for the ZIP.
         """
         images, most = sorted(self._datastore.filter_by_tag(DefaultLabelTag.FINAL.value)), limit_cases or 0
-        with as_http_errors():
-            check_space(Path(tempfile.gettempdir()), self._bytes_to_pack(images, most))
+        if nbytes := self._bytes_to_pack(images, most):
+            with as_http_errors():
+                check_space(Path(tempfile.gettempdir()), nbytes)
         head = self._datastore.model_dump(exclude={"base_path", "objects"})
         path, left_out = write_archive(images, self._opened, most, head)
         if path is None:

@@ -67,9 +67,9 @@ def with_found(
 ) -> ImageLabelModel:
     """Return an entry with labels that were found, by tag and ending; all that is kept of one is known again."""
     found = {tag: found_file(image, ending) for tag, ending in reversed(there)}
-    if kept is None:
+    back = {tag: label for tag, label in (kept.labels if kept else {}).items() if (tag, label.ext) in there}
+    if kept is None or not back:  # perhaps another image of that name
         return with_labels(entry, {**found, **entry.labels})
-    back = {tag: label for tag, label in kept.labels.items() if (tag, label.ext) in there}
     known = DataModel(ext=entry.image.ext, info={**kept.image.info, **entry.image.info})
     return ImageLabelModel(image=known, labels={**found, **back, **entry.labels})
 

@@ -4,9 +4,9 @@ To write the whole index for each change takes the longer the more images there 
 
     <checksum> <index> {"image": ID, "is": what the index would say of it, or null}
 
-and, of an image with files that are gone, what the index keeps of these as ``"absent"``. Each line begins
 with the first digits of the SHA-256 of the rest of the line, and of the index it changes: a line that was cut, or that
-belongs to another index, is known by them. Each line tells all of its object, so one that is lost spoils no other.
+belongs to another index, is known by them. Of an image with files that are gone it says as well, as ``"absent"``, what
+the index keeps of these. Each line tells all of its object, so one that is lost spoils no other.
 
 Whoever reads the index reads these lines after it. It is written whole again once they are as long as it is, so that
 each change has paid for its share; a last line with the digits of the new index says that all before it is in there. A

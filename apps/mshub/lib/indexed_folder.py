@@ -265,7 +265,7 @@ class IndexedFolder(LocalDatastore):  # type: ignore[misc]
             if not self._is_there(image, entry, there):
                 entries[image] = None
                 if entry.labels or before or image in labelled:
-                    absent[image] = with_labels(entry, {**before, **worth_keeping(entry.labels)})
+                    absent[image] = with_labels(entry, {**entry.labels, **before, **worth_keeping(entry.labels)})
             elif gone := [tag for tag, label in entry.labels.items() if image + label.ext not in labels.get(tag, ())]:
                 entries[image] = with_labels(entry, {tag: entry.labels[tag] for tag in entry.labels.keys() - gone})
                 known = worth_keeping({tag: entry.labels[tag] for tag in gone})
@@ -277,7 +277,8 @@ class IndexedFolder(LocalDatastore):  # type: ignore[misc]
         with self._lock:
             self._catch_up()
             gone = [image for image in self._absent if image not in self._datastore.objects]
-            self._take_note({}, {image: None for image in gone if not any(map(_is_file, self._files_of_labels(image)))})
+            no_labels = [image for image in gone if not any(map(Path.is_file, self._files_of_labels(image)))]
+            self._take_note({}, dict.fromkeys(no_labels))
 
     def _entry_of(self, image: str, ending: str, info: Mapping[str, Any]) -> ImageLabelModel:
         """Return what there is to say of an image that was added, its labels among it if they were there before."""
@@ -285,7 +286,7 @@ class IndexedFolder(LocalDatastore):  # type: ignore[misc]
         endings = [pattern.removeprefix("*") for pattern in self._extensions]
         folders = [path for path in Path(self._datastore.label_path(None)).iterdir() if path.is_dir()]
         there = [(path.name, one) for path in folders for one in endings if (path / (image + one)).is_file()]
-        entry = with_found(image, known, there, self._absent.get(image) if there else None)
+        entry = with_found(image, known, there, self._absent.get(image))
         return entry.model_copy(
             update={"image": DataModel(ext=known.image.ext, info={**entry.image.info, **plain(info)})}
         )
@@ -339,7 +340,3 @@ def _names(folder: Path) -> set[str]:
     """Return the names of the files of a folder, without links to what is gone."""
     with os.scandir(folder) as found:
         return {entry.name for entry in found if entry.is_file()}
-
-
-def _is_file(path: Path) -> bool:
-    return path.is_file()

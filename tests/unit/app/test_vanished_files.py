@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import time
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
@@ -192,18 +193,20 @@ def test_an_image_is_forgotten_after_the_day_its_labels_are_gone_as_well(store: 
     assert "label_info" not in opened(studies).get_label_info("a", "final")
 
 
+@pytest.mark.parametrize("label", [None, "labels/other/a.nii.gz"])
 def test_another_image_of_that_name_gets_nothing_that_was_known_of_the_old_one(
-    store: StudiesFolder, studies: Path
+    store: StudiesFolder, studies: Path, label: str | None
 ) -> None:
     submit(store, "a")
     store.update_image_info("a", {"patient": "old"})
     for path in (studies / "a.nii.gz", studies / "labels" / "final" / "a.nii.gz"):
         path.unlink()
     store.refresh()
-    make_image(studies / "a.nii.gz", SHAPE, seed=9)
+    for name in filter(None, ("a.nii.gz", label)):
+        make_image(studies / name, SHAPE, seed=9)
     store.refresh()
     assert "patient" not in store.get_image_info("a")
-    assert store.get_labels_by_image_id("a") == {}
+    assert store.get_labels_by_image_id("a").keys() == ({"other"} if label else set())
 
 
 def test_an_upload_in_the_place_of_an_image_that_is_gone_gets_its_labels(
@@ -299,6 +302,53 @@ def test_channels_of_a_case_whose_first_was_gone_are_one_image_again(store: Stud
     store.refresh()
     assert sorted(store.list_images()) == ["a", "b", "mr"]
     assert store.get_label_info("mr", "final") == known
+
+
+def test_an_image_somebody_labelled_stays_one_beside_a_new_channel_zero(store: StudiesFolder, studies: Path) -> None:
+    make_image(studies / "week_0003.nii.gz", SHAPE)
+    store.refresh()
+    submit(store, "week_0003")
+    make_image(studies / "week_0000.nii.gz", SHAPE)
+    store.refresh()
+    assert {"week", "week_0003"} <= set(store.list_images())
+    assert store.get_label_info("week_0003", "final")["reviewed"] == ["liver"]
+
+
+def test_what_is_known_of_an_image_with_labels_by_another_program_comes_back(
+    store: StudiesFolder, studies: Path
+) -> None:
+    make_image(studies / "labels" / "final" / "a.nii.gz", SHAPE)
+    store.refresh()
+    store.update_image_info("a", {"patient": "one"})
+    aside = moved_away(studies / "a.nii.gz")
+    store.refresh()
+    shutil.move(aside, studies / "a.nii.gz")
+    store.refresh()
+    assert store.get_image_info("a")["patient"] == "one"
+
+
+def test_a_server_that_watches_loses_no_names_while_an_image_is_copied_anew(
+    store: StudiesFolder, studies: Path
+) -> None:
+    submit(store, "a")
+    known = store.get_label_info("a", "final")
+    server = opened(studies, auto_reload=True)
+    try:
+        aside = moved_away(studies / "a.nii.gz")
+        assert within(5, lambda: "a" not in server.list_images())
+        shutil.copyfile(aside, studies / "a.nii.gz")
+        assert within(5, lambda: "a" in server.list_images())
+        assert within(5, lambda: server.get_label_info("a", "final") == known)
+    finally:
+        server._observer.stop()
+        server._observer.join()
+
+
+def within(seconds: float, is_so: Callable[[], bool]) -> bool:
+    end = time.monotonic() + seconds
+    while not is_so() and time.monotonic() < end:
+        time.sleep(0.02)
+    return is_so()
 
 
 def test_processes_agree_on_what_is_gone(store: StudiesFolder, studies: Path) -> None:
