@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -299,22 +300,19 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         task = self._task(request.get("model"))
         request = {**copy.deepcopy(request), **self._case(request, datastore)}
         path, params = task({**request, "check": check} if check else request)
-        label = path
-        if request["image_id"]:
-            client = str(request.get("client_id") or "") if check is None else None
-            params |= self.active_learning.note_prediction(request["image_id"], client, params, datastore)
-        pixelwise = "restore_label_idx" in request or request.get("grid") == "series"
-        if request.get("save_label") and request["image_id"]:
-            tag = request.get("label_tag") or DefaultLabelTag.ORIGINAL
-            tag = str(getattr(tag, "value", tag))  # an enum in MONAI Label's batch, text in a request
-            info = {"model": task.model_id, "params": _without_embedding(params)}
-            try:
+        with _removed_on_failure(Path(path)):
+            label = path
+            if request["image_id"]:
+                client = str(request.get("client_id") or "") if check is None else None
+                params |= self.active_learning.note_prediction(request["image_id"], client, params, datastore)
+            if request.get("save_label") and request["image_id"]:
+                tag = request.get("label_tag") or DefaultLabelTag.ORIGINAL
+                tag = str(getattr(tag, "value", tag))  # an enum in MONAI Label's batch, text in a request
+                info = {"model": task.model_id, "params": _without_embedding(params)}
                 label = _keep_prediction(datastore, request["image_id"], path, tag, info)
-            except BaseException:
-                Path(path).unlink(missing_ok=True)
-                raise
-        if pixelwise and isinstance(datastore, PacsStudies) and request["image_id"]:
-            datastore.write_pixelwise(request["image_id"], Path(path))
+            pixelwise = "restore_label_idx" in request or request.get("grid") == "series"
+            if pixelwise and isinstance(datastore, PacsStudies) and request["image_id"]:
+                datastore.write_pixelwise(request["image_id"], Path(path))
         return {"label": label, "tag": DefaultLabelTag.ORIGINAL.value, "file": path, "params": params}
 
     def _infer_in_turn(self, request: dict[str, Any], check: Check) -> dict[str, Any]:
@@ -496,6 +494,16 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         if not isinstance(model, str) or model not in self._trainers:
             self._refuse_model(model)
         return self._trainers[model]
+
+
+@contextmanager
+def _removed_on_failure(file: Path) -> Iterator[None]:
+    """Remove a file that nobody will get, as what is done with it in the block failed."""
+    try:
+        yield
+    except BaseException:
+        file.unlink(missing_ok=True)
+        raise
 
 
 def _full(studies: str) -> str:

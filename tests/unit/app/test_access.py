@@ -21,14 +21,14 @@ from fastapi.testclient import TestClient
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
-from starlette.routing import Mount, Route
+from starlette.routing import Match, Mount, Route
 from starlette.types import Receive, Scope, Send
 
 from factories import make_image
 from lib import audit
 from lib.app import MSHubApp
 from lib.conf import Config
-from lib.server import access, asgi
+from lib.server import access, asgi, trail
 from lib.server.access import COOKIE, USER, Access, Guards
 from lib.server.error_answers import add_error_answers
 from lib.server.login import FORM_BYTES, Login, _within
@@ -488,6 +488,74 @@ def test_the_audit_log_says_who_did_what_without_an_id(api: FastAPI, users: User
     assert (infer["action"], infer["model"], infer["version"]) == ("POST /infer/{model}", "tiny", "v3")
     assert infer["image"] == label["image"] == audit.AuditLog(home).hashed("mueller_hans_1950")
     assert label["tag"] == "final"
+
+
+@pytest.mark.parametrize(
+    ("method", "address"),
+    [
+        ("DELETE", "/datastore/image?id=SERVED&image=other&label=other"),
+        ("DELETE", "/datastore/?image=other&id=SERVED"),
+        ("DELETE", "/datastore/label?image=other&label=other&id=SERVED&tag=final"),
+        ("GET", "/datastore/label?image=other&id=other&label=SERVED&tag=final"),
+        ("HEAD", "/datastore/label?label=other&image=SERVED&tag=final"),
+        ("PUT", "/datastore/label/info?id=other&image=other&label=SERVED&tag=final"),
+        ("GET", "/datastore/image?id=other&image=SERVED"),
+        ("GET", "/datastore/image?image=SERVED&x=image%3Dother"),
+        ("GET", "/mshub/export/SERVED?image=other&id=other"),
+    ],
+)
+def test_the_audit_log_names_the_image_that_was_served(
+    api: FastAPI, users: UserFile, home: Path, method: str, address: str
+) -> None:
+    assert logged_in(api, "admin").request(method, address).status_code == 200
+    assert lines(home)[-1]["image"] == audit.AuditLog(home).hashed("SERVED")
+
+
+def test_the_audit_log_looks_where_each_route_does() -> None:
+    for one in PERMITTED:
+        for method in (one.method, "HEAD") if one.path == "/datastore/label" and one.method == "GET" else (one.method,):
+            scope = {"type": "http", "method": method, "path": example(one.path), "headers": []}
+            route = next(route for route in asgi.app.router.routes if route.matches(scope)[0] is Match.FULL)
+            taken = {field.alias for field in route.dependant.query_params} if hasattr(route, "dependant") else set()
+            if named := taken & {"image", "id", "label"}:
+                assert named == {trail.IMAGE_NAMES.get((method, one.path), "image")}, f"{method} {one.path}"
+
+
+def test_no_parameter_is_named_twice(api: FastAPI, users: UserFile, home: Path) -> None:
+    viewer = logged_in(api, "viewer")
+    for query in ("image=harmless&image=SECRET", "image=&image=SECRET", "image=a&tag=x&im%61ge=b", "image&image=b"):
+        answer = viewer.get(f"/datastore/image?{query}")
+        assert (answer.status_code, "image more than once" in answer.json()["detail"]) == (400, True)
+    assert lines(home)[-1]["status"] == 400
+    assert viewer.get("/proxy/dicom/studies?includefield=1&includefield=2").status_code == 200
+    assert viewer.get("/viewer/?StudyInstanceUIDs=1&StudyInstanceUIDs=2").status_code == 200
+    assert client(api, ("10.1.2.3", 1)).get("/datastore/image?image=a&image=b").status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("address", "host", "forwarded", "proxies", "expected"),
+    [
+        ("127.0.0.1", "127.0.0.1:8000", None, None, True),
+        ("127.0.0.1", "mshub.clinic", None, None, False),
+        ("10.1.2.3", "mshub.clinic", None, None, True),
+        ("10.9.9.9", "mshub.clinic", None, "10.9.9.9", False),
+        ("10.9.9.9", "mshub.clinic", " ", "10.0.0.1, 10.9.0.0/16", False),
+        ("10.1.2.3", "mshub.clinic", "10.1.2.3", "10.9.9.9", True),
+        ("10.9.9.8", "mshub.clinic", "10.9.9.8", "10.9.0.0/16", True),
+        ("10.1.2.3", "mshub.clinic", None, "10.9.9.9", True),
+        ("10.1.2.3", "mshub.clinic", None, "*", False),
+        ("10.1.2.3", "mshub.clinic", "10.1.2.3", "*", True),
+    ],
+)
+def test_an_address_is_one_persons_if_it_is_no_silent_proxys(
+    monkeypatch: pytest.MonkeyPatch, address: str, host: str, forwarded: str | None, proxies: str | None, expected: bool
+) -> None:
+    monkeypatch.delenv("FORWARDED_ALLOW_IPS", raising=False)
+    if proxies is not None:
+        monkeypatch.setenv("FORWARDED_ALLOW_IPS", proxies)
+    headers = {"host": host} | ({} if forwarded is None else {"x-forwarded-for": forwarded})
+    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+    assert access.comes_from_one_person(Request({"type": "http", "headers": raw, "client": (address, 5)})) is expected
 
 
 def test_a_study_read_in_many_requests_is_one_line(api: FastAPI, users: UserFile, home: Path) -> None:

@@ -17,6 +17,7 @@ from monailabel.interfaces.app import MONAILabelApp
 from factories import make_image, make_model_folder, odd_grids
 from lib.app import MSHubApp
 from lib.datastore import StudiesFolder
+from lib.infers import results_folder
 from mshub.bundled import app_folder
 from mshub.errors import ConfigError
 from mshub.install import add_model
@@ -332,3 +333,22 @@ def test_no_strategy_means_random(app: MSHubApp) -> None:
 
 def test_the_studies_folder_is_ours(app: MSHubApp) -> None:
     assert isinstance(app.datastore(), StudiesFolder)
+
+
+@pytest.mark.parametrize("moment", ["note_prediction", "save_label", "write_pixelwise"])
+def test_a_prediction_that_cannot_be_kept_leaves_no_file(
+    clinic: MSHubApp, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError(moment)
+
+    request = {"model": "tiny", "image": "a", "device": "cpu", "grid": "series", "save_label": True}
+    case = clinic._case(request, clinic.datastore())
+    monkeypatch.setattr(clinic, "_case", lambda *_: case)
+    monkeypatch.setattr("lib.app.PacsStudies", StudiesFolder)
+    monkeypatch.setattr(StudiesFolder, "write_pixelwise", lambda *_: None, raising=False)
+    monkeypatch.setattr(clinic.active_learning if moment == "note_prediction" else StudiesFolder, moment, fail)
+    before = set(results_folder().iterdir())
+    with pytest.raises(ZeroDivisionError, match=moment):
+        clinic.infer(request)
+    assert set(results_folder().iterdir()) == before

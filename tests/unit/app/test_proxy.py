@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import httpx
 import pytest
@@ -79,6 +79,21 @@ def test_objects_are_stored(viewer: Callable[..., TestClient], seen: list[httpx.
         b"--x",
         headers["Content-Type"],
     )
+
+
+class HangsUp(httpx.AsyncByteStream):
+    """A body that breaks off."""
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        yield b'[{"00100010'
+        raise httpx.RemoteProtocolError("peer closed connection without sending complete message body")
+
+
+@pytest.mark.parametrize("kind", ["application/dicom+json", "application/json; charset=utf-8"])
+def test_a_pacs_that_hangs_up_midway_is_the_pacs_fault(viewer: Callable[..., TestClient], kind: str) -> None:
+    client = viewer(lambda _: httpx.Response(200, stream=HangsUp(), headers={"content-type": kind}))
+    answer = client.get("/proxy/dicom/studies/1/metadata")
+    assert (answer.status_code, "does not answer (RemoteProtocolError)" in answer.json()["detail"]) == (503, True)
 
 
 def test_addresses_of_the_pacs_within_answers_lead_through_the_proxy(viewer: Callable[..., TestClient]) -> None:

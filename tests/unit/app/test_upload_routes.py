@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -95,11 +96,40 @@ def test_missing_fields_are_told_in_a_sentence(server: TestClient) -> None:
     assert "body.file: Field required" in said
 
 
-def test_an_odd_checksum_is_refused(server: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_odd_checksum_is_refused(server: TestClient) -> None:
     for text in ("ROT13:12", "SHA256:xyz", "../x"):
         answer = server.head("/datastore/image", params={"image": "a", "check_sum": text})
         assert answer.status_code == 400
-    assert server.head("/datastore/image", params={"image": "a", "check_sum": "SHA256:00"}).status_code == 404
+
+
+@pytest.mark.parametrize("algorithm", ["SHA256", "SHA512", "MD5"])
+def test_a_checksum_says_whether_it_is_this_image(server: TestClient, scan: bytes, algorithm: str) -> None:
+    put(server, "n.nii.gz", scan)
+    digits = hashlib.new(algorithm, scan).hexdigest()
+    right = [f"{algorithm}:{digits}", f"{algorithm}:{digits.upper()}", *([digits] if algorithm == "SHA256" else [])]
+    wrong = [f"{algorithm}:00", f"{algorithm}:{digits[:-1]}", f"MD5:{digits}0", "00"]
+    for status, texts in ((200, right), (404, wrong)):
+        for text in texts:
+            answer = server.head("/datastore/image", params={"image": "n", "check_sum": text})
+            assert answer.status_code == status, text
+    assert server.head("/datastore/image?image=n").status_code == 200
+    assert server.head("/datastore/image?image=none").status_code == 404
+    assert server.head(f"/datastore/image?image=none&check_sum={right[0]}").status_code == 404
+
+
+def test_a_session_of_several_files_is_no_file(
+    server: TestClient, clinic: MSHubApp, scan: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("monailabel.endpoints.session.app_instance", lambda: clinic)
+    sent = [("files", (f"a_000{number}.nii.gz", scan)) for number in range(2)]
+    one, two = (server.put("/session/", files=files).json()["session_id"] for files in (sent[:1], sent))
+    assert server.get(f"/session/{one}?image=true").content == scan
+    assert "several files" in refused(server.get(f"/session/{two}?image=true"), 400, "bad-request")
+    for known in (one, two):
+        assert "image" in server.get(f"/session/{known}").json()
+    for unknown in ("0" * 32, "...", "a b"):
+        for query in ("", "?image=true"):
+            assert server.get(f"/session/{unknown}{query}").status_code == 404
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])

@@ -8,17 +8,20 @@ a token, a browser a cookie) or, in a browser, by single sign-on; scripts with a
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Container
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from lib import audit
 from lib.server.offers import Offers
@@ -40,6 +43,8 @@ PROBES = ("/health/live", "/health/ready")
 LOCAL_USER = User("admin", "admin", datetime.fromtimestamp(0, timezone.utc))
 """Whoever uses a server without users: the person at this machine."""
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
+REPEATING = ("/proxy/", "/viewer", "/ohif/")
+"""Where a query may name a parameter several times: searches of DICOMweb, studies that the viewer opens."""
 OTHER = ("(other)", "(none)")
 """Method and route, as metrics name them, of what this server does not offer: strangers choose neither."""
 
@@ -121,6 +126,7 @@ class Access:
         except MSHubError as error:  # the file of users is damaged
             logger.error("%s", error)
             refusal = None if request.scope["path"] in PROBES else _refused(500, str(error))
+        refusal = refusal or _doubled(request)
         request.scope[USER] = user
         began, status = time.perf_counter(), 500
 
@@ -202,7 +208,29 @@ def address_of(request: Request) -> str:
 
 def comes_from_one_person(request: Request) -> bool:
     """Return whether the address a request comes from is its client's own, not that of a proxy which keeps it back."""
-    return not _is_local(request) or host_name(request.headers.get("host", "")) in LOCAL_NAMES
+    if _is_local(request):
+        return host_name(request.headers.get("host", "")) in LOCAL_NAMES
+    is_forwarded = bool(request.headers.get("x-forwarded-for", "").strip())
+    return is_forwarded or address_of(request) not in _proxies(os.environ.get("FORWARDED_ALLOW_IPS", ""))
+
+
+@cache
+def _proxies(named: str) -> Container[str]:
+    """Return the addresses of proxies, as uvicorn reads them: networks, and ``*`` for all, too."""
+    return ProxyHeadersMiddleware(_no_app, named).trusted_hosts
+
+
+async def _no_app(*_: object) -> None:
+    """Answer nothing: nothing is asked."""
+
+
+def _doubled(request: Request) -> Response | None:
+    """Return the refusal of a query that names a parameter twice: which one counts, each program decides for itself."""
+    names = [name for name, _ in request.query_params.multi_items()]
+    doubled = sorted({name for name in names if names.count(name) > 1})
+    if not doubled or request.scope["path"].startswith(REPEATING):
+        return None
+    return _refused(400, f"The query names {', '.join(doubled)[:80]} more than once; expected each parameter once.")
 
 
 def _asked_to_log_in(request: Request) -> Response:

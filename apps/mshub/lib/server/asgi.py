@@ -26,6 +26,7 @@ from monailabel.interfaces.datastore import DefaultLabelTag
 from monailabel.interfaces.exception import ImageNotFoundException
 from monailabel.interfaces.tasks.batch_infer import BatchInferImageType
 from monailabel.interfaces.utils.app import app_instance
+from monailabel.utils.others.generic import file_checksum
 from starlette.middleware import Middleware
 from starlette.routing import Match
 from starlette.types import Scope
@@ -182,6 +183,15 @@ def create_session(
     return {"session_id": session_id, "session_info": facts.to_json()}
 
 
+def show_session(user: Annotator, session_id: str, update_ts: bool = False, image: bool = False) -> Any:
+    """Return what a session holds, or its image as a file."""
+    if image and _session_exists(session_id) and Path(app_instance().sessions().get_session(session_id).image).is_dir():
+        raise HTTPException(
+            400, "This session holds several files, which are no single file: ask without image=true for what it is."
+        )
+    return session.get_session(session_id, update_ts, image)
+
+
 def info(user: AnyUser) -> Any:
     """Return what clients read first; a plain function, as the reviewed cases are counted and their files looked at."""
     return app_instance().info()
@@ -251,7 +261,13 @@ def check_image(user: AnyUser, image: str, check_sum: str | None = None) -> Any:
     """Say whether there is an image, by 200 or 404; with a checksum, whether it is this one."""
     if check_sum and not _CHECKSUM.fullmatch(check_sum):
         raise HTTPException(400, "check_sum is odd: expected SHA256:, SHA512: or MD5: and hexadecimal digits.")
-    return datastore.download_image(image, check_only=True, check_sum=check_sum)
+    datastore.download_image(image, check_only=True)
+    if check_sum:
+        algorithm, _, digits = check_sum.rpartition(":")
+        found = file_checksum(app_instance().datastore().get_image_uri(image), algorithm or "SHA256")
+        if digits.lower() != found.rpartition(":")[2]:
+            raise HTTPException(404, f"The image {image!r} has another checksum: {found}.")
+    return {}
 
 
 def add_image(
@@ -478,6 +494,7 @@ ROUTES = (
     ("GET", "/datastore/dataset", dataset, "Datastore"),
     ("POST", "/activelearning/{strategy}", next_sample, "ActiveLearning"),
     ("PUT", "/session/", create_session, "Session"),
+    ("GET", "/session/{session_id}", show_session, "Session"),
     ("GET", "/logs/", logs, "Others"),
     ("GET", "/logs/gpu", gpu, "Others"),
     ("GET", "/ohif/{path:path}", stock_viewer, "Others"),

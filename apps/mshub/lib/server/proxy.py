@@ -49,12 +49,13 @@ async def pass_on(request: Request, path: str) -> Response:
     address = f"{target}?{_query(request.url.query)}" if request.url.query else target
     try:
         answer = await _asked(request, address)
+        kind = answer.headers.get("content-type", "").partition(";")[0].strip()
+        described = await answer.aread() if kind in _METADATA else b""
     except httpx.HTTPError as error:
         logger.warning("the PACS did not answer a request of the viewer: %r", error)
         raise HTTPException(503, f"The PACS at {root} does not answer ({type(error).__name__}).") from error
-    kind = answer.headers.get("content-type", "").partition(";")[0].strip()
     if kind in _METADATA:
-        body = (await answer.aread()).replace(root.encode(), f"{request.base_url}proxy/dicom".encode())
+        body = described.replace(root.encode(), f"{request.base_url}proxy/dicom".encode())
         return Response(body, answer.status_code, media_type=kind)
     headers = {name: answer.headers[name] for name in _RETURNED if name in answer.headers}
     return StreamingResponse(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from typing import Any
-from urllib.parse import parse_qs
 
 from starlette.requests import Request
 
@@ -16,8 +15,16 @@ SAME_STUDY_S = 600.0
 """A study that is read in hundreds of requests is one line per person and so many seconds."""
 SAME_STRANGER_S = 60.0
 """And one line is told of whoever knocks again and again, who could otherwise make the log forget what was before."""
-IMAGE_NAMES = ("image", "id", "label")
-"""Parameters of MONAI Label's routes that name an image."""
+IMAGE_NAMES = {
+    ("DELETE", "/datastore/"): "id",
+    ("DELETE", "/datastore/image"): "id",
+    ("DELETE", "/datastore/label"): "id",
+    ("GET", "/datastore/label"): "label",
+    ("GET", "/datastore/label/info"): "label",
+    ("PUT", "/datastore/label/info"): "label",
+    ("PUT", "/datastore/updatelabelinfo"): "label",
+}
+"""Parameter by which a route of MONAI Label's names an image, if not ``image``: no other may be told in its place."""
 LONGEST = 64
 
 
@@ -65,14 +72,15 @@ class Trail:
         if user and study and request.method in SAFE and self._is_known(SAME_STUDY_S, user.name, study, str(status)):
             return
         who = {"user": user.name if user else None, "role": user.role if user else None, "from": address or None}
-        what = self._what(parameters, {name: values[0] for name, values in parse_qs(request.url.query).items()})
+        what = self._what(request, permission, parameters)
         studied = {"study": self._log.hashed(study)} if study else {}
         self._log.write(**{**who, "action": action, **what, **studied, **facts}, status=status)
 
-    def _what(self, parameters: dict[str, Any], query: dict[str, str]) -> dict[str, str]:
+    def _what(self, request: Request, permission: Permission | None, parameters: dict[str, Any]) -> dict[str, str]:
         """Return the image, as a hash, and what is nobody's name: models, strategies, batches, tags."""
-        named = [parameters.get("image"), *(query.get(name) for name in IMAGE_NAMES)]
-        image = next((name for name in named if name), None)
+        query = request.query_params
+        name = IMAGE_NAMES.get((request.method, permission.path if permission else ""), "image")
+        image = parameters.get("image") or query.get(name)
         told = {name: parameters.get(name) for name in ("model", "strategy", "batch")} | {"tag": query.get("tag")}
         hashed = {"image": self._log.hashed(image)} if image else {}
         return hashed | {name: str(value)[:LONGEST] for name, value in told.items() if value}
