@@ -19,6 +19,7 @@ import pytest
 from monailabel.client.client import MONAILabelClientException
 
 from factories import make_image, make_model_folder
+from lib import audit
 from live import LiveServer, Site
 from mshub.install import add_model
 from mshub.store import ModelStore
@@ -59,6 +60,69 @@ def test_slicers_client_logs_in_and_works(ward: Site, tmp_path: Path) -> None:
     client.save_label(SENSITIVE, label, params={"label_info": info})
     with pytest.raises(MONAILabelClientException, match="403"):
         client.train_start("tiny", {})
+
+
+def test_what_is_stored_says_who_logged_in_whatever_the_client_says(ward: Site, tmp_path: Path) -> None:
+    client = ward.server.client(tmp_path)
+    client.update_auth(client.auth_token("annotator", PASSWORD))
+    client.upload_image(make_image(tmp_path / "sent.nii.gz", (21, 25, 18), seed=3), "sent", {"user": "admin"})
+    label, params = client.infer("tiny", "sent", {"client_id": "admin"})
+    info = [{"name": name, "idx": value} for name, value in params["label_names"].items()]
+    client.save_label("sent", label, params={"label_info": info, "client_id": "admin", "user": "admin"})
+    headers = {"Authorization": f"Bearer {user_file(ward.home).create_token('admin', 'a look', 1)}"}
+    with httpx.Client(base_url=ward.server.url, headers=headers, timeout=60) as admin:
+        image = admin.get("/datastore/image/info", params={"image": "sent"}).json()
+        final = admin.get("/datastore/label/info", params={"label": "sent", "tag": "final"}).json()
+        assert (image["user"], final["user"], final["client_id"]) == ("annotator", "annotator", "annotator")
+        admin.put("/datastore/image/info", params={"image": "sent"}, data={"info": '{"note": "seen"}'})
+        assert admin.get("/datastore/image/info", params={"image": "sent"}).json()["user"] == "admin"
+        offered = client.next_sample("random", {"client_id": "admin"})
+        assert offered["strategy"]["random"]["client_id"] == "annotator"
+        gone = {"id": "sent", "tag": "no-such"}
+        assert admin.delete("/datastore/label", params=gone).status_code == 404
+        assert admin.delete("/datastore/label", params={**gone, "tag": "final"}).status_code == 200
+        assert admin.delete("/datastore/label", params={**gone, "tag": "final"}).status_code == 404
+        assert admin.delete("/datastore/image", params={"id": "sent"}).status_code == 200
+
+
+def test_the_audit_log_tells_of_sessions_offers_and_who_is_guessed_at(ward: Site, tmp_path: Path) -> None:
+    client = ward.server.client(tmp_path)
+    client.update_auth(client.auth_token("annotator", PASSWORD))
+    offered = client.next_sample("random", {})["id"]
+    headers = {"Authorization": f"Bearer {user_file(ward.home).create_token('annotator', 'a session', 1)}"}
+    with httpx.Client(base_url=ward.server.url, headers=headers, timeout=60) as script:
+        image = make_image(tmp_path / "mine.nii.gz", (21, 25, 18), seed=4)
+        session = script.put("/session/", files={"files": (image.name, image.read_bytes())}).json()["session_id"]
+        asked = {"session_id": session, "image": SENSITIVE}
+        assert script.post("/infer/tiny", params=asked, data={"params": "{}"}).status_code == 200
+        assert script.get(f"/session/{session}", params={"image": True}).content == image.read_bytes()
+        assert script.delete(f"/session/{session}").status_code == 200
+    for name in ("ada.guessed", "ada.guessed", "grace.guessed"):
+        httpx.post(f"{ward.server.url}/auth/token", data={"username": name, "password": "wrong"})
+    log = (ward.home / "logs" / "audit.jsonl").read_text()
+    assert not [name for name in (session, "ada.guessed") if name in log]
+    lines, hashed = [json.loads(line) for line in log.splitlines()], audit.AuditLog(ward.home).hashed
+    assert [line["image"] for line in lines if line["action"] == "POST /activelearning/{strategy}"][-1] == hashed(
+        offered
+    )
+    told = [(line["action"].split()[0], line.get("image")) for line in lines if line.get("session") == hashed(session)]
+    assert told == [("PUT", None), ("POST", None), ("GET", None), ("DELETE", None)]
+    assert [line["tried"] for line in lines if "tried" in line][-2:] == [hashed("ada.guessed"), hashed("grace.guessed")]
+
+
+def test_a_damaged_file_of_users_is_told_by_the_probe_for_it(ward: Site) -> None:
+    users = ward.home / "users.json"
+    kept = users.read_bytes()
+    try:
+        users.write_text("{damaged")
+        assert httpx.get(f"{ward.server.url}/health/live").status_code == 200
+        ready = httpx.get(f"{ward.server.url}/health/ready")
+        assert ready.status_code == 503
+        assert "file of users is damaged or gone" in ready.json()["reasons"][0]
+        assert "damaged (" in httpx.get(f"{ward.server.url}/info/").json()["detail"]
+    finally:
+        users.write_bytes(kept)
+    assert httpx.get(f"{ward.server.url}/health/ready").json() == {"ready": True, "reasons": []}
 
 
 def test_slicer_fetches_the_next_case_as_its_plug_in_does(ward: Site, tmp_path: Path) -> None:

@@ -81,6 +81,20 @@ def is_gone(process: psutil.Process) -> bool:
     return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
+@pytest.mark.parametrize("after_s", [0.0, 0.3, 0.6, 1.0])
+def test_a_server_that_is_ended_while_it_makes_its_models_ready_ends_without_a_trace(
+    ward: Ward, after_s: float
+) -> None:
+    ward.end(signal.SIGINT)
+    shutil.rmtree(ward.home / "networks", ignore_errors=True)
+    process = ward.start()._process
+    told = len(ward.server.log.read_text())
+    time.sleep(after_s)
+    ward.end(signal.SIGINT)
+    assert process.returncode == 0
+    assert not [word for word in ("Traceback", "WARNING", "terminate") if word in ward.server.log.read_text()[told:]]
+
+
 def test_a_training_ends_with_its_server_and_goes_on_with_the_next_one(ward: Ward) -> None:
     for number in range(8):
         ward.submit(f"case{number}")

@@ -11,11 +11,12 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Container
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, urlsplit
 
 from starlette.requests import Request
@@ -215,7 +216,7 @@ def comes_from_one_person(request: Request) -> bool:
 
 
 @cache
-def _proxies(named: str) -> Container[str]:
+def _proxies(named: str) -> Any:
     """Return the addresses of proxies, as uvicorn reads them: networks, and ``*`` for all, too."""
     return ProxyHeadersMiddleware(_no_app, named).trusted_hosts
 

@@ -31,6 +31,7 @@ from starlette.middleware import Middleware
 from starlette.routing import Match
 from starlette.types import Scope
 
+from lib import audit
 from lib.faults import check_name, not_found
 from lib.oidc_settings import OidcSettings
 from lib.server.access import LOCAL_USER, USER, Access, Guards, address_of, comes_from_one_person
@@ -180,6 +181,7 @@ def create_session(
         check_images(folder)
         kept = folder if len(files) > 1 else next(folder.iterdir())
         session_id, facts = sessions.add_session(str(kept), expiry)
+        audit.note(session=session_id)
     return {"session_id": session_id, "session_info": facts.to_json()}
 
 
@@ -277,7 +279,7 @@ def add_image(
     params: Annotated[str, Form()] = "{}",
 ) -> dict[str, str]:
     """Take an image into the datastore, under the id that is asked for or else its file's name without the ending."""
-    info = {**json_object(params, "params"), **({"user": user.username} if user.username else {})}
+    info = _signed(user, json_object(params, "params"))
     ending = volume_ending(file.filename)
     image = image or base_name(file.filename)[: -len(ending)]
     check_name("image id", image)
@@ -302,10 +304,17 @@ def save_label(
     """Store a label; a plain function, as checking it and storing it in the PACS take seconds."""
     rename(label, "label")
     try:
-        told = json.dumps(_by(user, json_object(params, "params")))
+        told = json.dumps(_signed(user, _by(user, json_object(params, "params"))))
         return datastore.save_label(background_tasks, image, told, tag, label, user.username)
     finally:
         _clean_up(background_tasks)
+
+
+def remove_label(user: Admin, id: str, tag: str) -> Any:
+    """Remove a label; 404 if there is none."""
+    if tag not in app_instance().datastore().get_labels_by_image_id(id):
+        raise HTTPException(404, f"There is no label {tag!r} of an image {id!r}.")
+    return datastore.remove_label(id, tag, user.username)
 
 
 def note_image_info(user: Admin, image: str, info: Annotated[str, Form()] = "{}") -> Any:
@@ -348,8 +357,10 @@ def stock_viewer(user: AnyUser, path: str) -> Any:
 def next_sample(request: Request, user: AnyUser, strategy: str, params: Annotated[Any, Body()] = None) -> Any:
     """Return the next case to label; a plain function, as the PACS is asked for its series."""
     sample = _next_case({**_by(user, _object(params, '{"client_id": "me"}')), "strategy": strategy})
-    if "id" in sample and "authorization" in request.headers:
-        _offer(request, sample["id"])
+    if "id" in sample:
+        audit.note(image=sample["id"])
+        if "authorization" in request.headers:
+            _offer(request, sample["id"])
     return sample
 
 
@@ -464,6 +475,11 @@ def _by(user: User, options: dict[str, Any]) -> dict[str, Any]:
     return {**options, "client_id": user.username} if user.username else options
 
 
+def _signed(user: User, info: dict[str, Any]) -> dict[str, Any]:
+    """Return what is to be stored of an image or a label with who logged in to store it."""
+    return {**info, "user": user.username} if user.username else info
+
+
 def _object(params: Any, example: str) -> dict[str, Any]:
     """Return the options in a request's body; nothing stands for none."""
     if params is not None and not isinstance(params, dict):
@@ -489,6 +505,7 @@ ROUTES = (
     ("PUT", "/datastore/image", add_image, "Datastore"),
     ("PUT", "/datastore/image/info", note_image_info, "Datastore"),
     ("PUT", "/datastore/label", save_label, "Datastore"),
+    ("DELETE", "/datastore/label", remove_label, "Datastore"),
     ("PUT", "/datastore/label/info", note_label_info, "Datastore"),
     ("PUT", "/datastore/updatelabelinfo", note_label_params, "Datastore"),
     ("GET", "/datastore/dataset", dataset, "Datastore"),

@@ -237,6 +237,7 @@ class Login:
             )
         user = guards.users.with_password(name, password)
         if user is None:
+            audit.note(tried=name[:64])
             raise HTTPException(401, "The user name or the password is wrong.")
         guards.guesses.succeeded(key)
         guards.strangers.take_back(address)

@@ -70,7 +70,7 @@ GET    viewer    /datastore/label/info                quiet
 PUT    admin     /datastore/label/info
 PUT    admin     /datastore/updatelabelinfo
 GET    admin     /datastore/dataset
-GET    annotator /session/{session_id}                quiet
+GET    annotator /session/{session_id}
 PUT    annotator /session/
 DELETE annotator /session/{session_id}
 GET    viewer    /proxy/dicom/{path:path}

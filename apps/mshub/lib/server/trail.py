@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from http import HTTPStatus
 from typing import Any
 
 from starlette.requests import Request
@@ -25,6 +26,8 @@ IMAGE_NAMES = {
     ("PUT", "/datastore/updatelabelinfo"): "label",
 }
 """Parameter by which a route of MONAI Label's names an image, if not ``image``: no other may be told in its place."""
+HASHED = ("image", "session", "tried")
+"""What is noted in clear while a request is answered, and told as a hash: an image, a session, a name nobody has."""
 LONGEST = 64
 
 
@@ -67,7 +70,9 @@ class Trail:
         is_refused = status in (401, 403, 429) or (permission is None and status >= 400)
         if not is_refused and not (permission and permission.is_audited):
             return
-        if user is None and is_refused and self._is_known(SAME_STRANGER_S, address, action, str(status)):
+        facts = {name: self._log.hashed(str(told)) if name in HASHED else told for name, told in facts.items()}
+        tried = facts.get("tried", "") if status == HTTPStatus.UNAUTHORIZED else ""
+        if user is None and is_refused and self._is_known(SAME_STRANGER_S, address, action, str(status), tried):
             return
         if user and study and request.method in SAFE and self._is_known(SAME_STUDY_S, user.name, study, str(status)):
             return
@@ -77,12 +82,13 @@ class Trail:
         self._log.write(**{**who, "action": action, **what, **studied, **facts}, status=status)
 
     def _what(self, request: Request, permission: Permission | None, parameters: dict[str, Any]) -> dict[str, str]:
-        """Return the image, as a hash, and what is nobody's name: models, strategies, batches, tags."""
+        """Return image and session, as hashes, and what is nobody's name: models, strategies, batches, tags."""
         query = request.query_params
         name = IMAGE_NAMES.get((request.method, permission.path if permission else ""), "image")
-        image = parameters.get("image") or query.get(name)
+        session = parameters.get("session_id") or query.get("session_id")
+        image = None if session else parameters.get("image") or query.get(name)  # a session's goes before an image
         told = {name: parameters.get(name) for name in ("model", "strategy", "batch")} | {"tag": query.get("tag")}
-        hashed = {"image": self._log.hashed(image)} if image else {}
+        hashed = {kind: self._log.hashed(one) for kind, one in (("image", image), ("session", session)) if one}
         return hashed | {name: str(value)[:LONGEST] for name, value in told.items() if value}
 
     def _is_known(self, seconds: float, *key: str) -> bool:
