@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
+import time
 from collections.abc import Callable, Iterator
 from html import unescape
 from pathlib import Path
@@ -24,7 +26,7 @@ from lib.oidc_settings import OidcSettings
 from lib.server import access, oidc
 from lib.server.access import COOKIE, USER, Access
 from lib.server.login import SIGN_ON_COOKIE, Login
-from lib.server.oidc import PENDING_S, SignOn
+from lib.server.oidc import AGAIN_S, PENDING_S, SignOn
 from live import LiveServer
 from mshub import users as users_module
 from mshub.install import add_model
@@ -191,6 +193,56 @@ def test_logging_out_needs_no_provider(browser: TestClient, provider: FakeOidc, 
     provider.discovery = discovery
     answer = browser.post("/logout", headers={"Origin": HOST})
     assert (answer.status_code, answer.headers["location"]) == (303, "/login")
+
+
+def test_a_stranger_who_begins_on_and_on_pushes_out_nobody_elsewhere(
+    api: FastAPI, provider: FakeOidc, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(oidc, "MOST_PENDING_OF_ONE", 3)
+    monkeypatch.setattr(oidc, "MOST_PENDING", 5)
+    grace, neighbours = in_browser(api), [in_browser(api) for _ in range(3)]
+    back = begin(grace)
+    stranger = TestClient(api, HOST, follow_redirects=False, client=("10.6.6.6", 1))
+    for _ in range(12):
+        assert stranger.get("/login/oidc").status_code == 303
+    assert grace.get(back).status_code == 200
+    backs = [begin(neighbour) for neighbour in neighbours]
+    led = [neighbour.get(back).status_code for neighbour, back in zip(neighbours, backs, strict=True)]
+    assert led == [200, 200, 200], "as many as one address may have"
+    backs = [begin(neighbour) for neighbour in (grace, *neighbours)]
+    assert [one.get(back).status_code for one, back in zip((grace, *neighbours), backs, strict=True)] == [401, *led]
+
+
+def test_a_provider_that_is_down_is_not_asked_by_everybody(
+    browser: TestClient, provider: FakeOidc, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    provider.broken = {"openid_configuration": (500, {}, b"")}
+    for _ in range(3):
+        assert_refused(browser, browser.get("/login/oidc"), 503, "cannot be reached")
+        assert browser.post("/logout", headers={"Origin": HOST}).status_code == 303
+    assert provider.asked == ["openid_configuration"]
+    provider.broken = {}
+    assert browser.get("/login/oidc").status_code == 503
+    monkeypatch.setattr(oidc.time, "monotonic", lambda now=time.monotonic: now() + AGAIN_S)
+    assert sign_in(browser).status_code == 200
+
+
+def test_people_who_wait_for_a_slow_provider_wait_for_one_answer(
+    api: FastAPI, provider: FakeOidc, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(oidc, "TIMEOUT_S", 0.5)
+    provider.slow_s = 2.0
+
+    async def ask_all() -> list[int]:
+        transport = httpx.ASGITransport(api, client=("10.1.2.3", 1))
+        async with httpx.AsyncClient(transport=transport, base_url=HOST) as people:
+            answers = await asyncio.gather(*(people.get("/login/oidc") for _ in range(20)))
+        return [answer.status_code for answer in answers]
+
+    began = time.monotonic()
+    assert asyncio.run(ask_all()) == [503] * 20
+    assert time.monotonic() - began < 2
+    assert len(provider.asked) <= 1
 
 
 def test_the_cookies_are_for_this_site_and_for_no_script(api: FastAPI, provider: FakeOidc) -> None:
@@ -568,6 +620,7 @@ def test_a_provider_that_does_not_work_leaves_the_password(
     form = {"username": "ada", "password": "a password for tests"}
     assert browser.post("/login", data=form, headers={"Origin": HOST}).status_code == 303
     provider.slow_s, provider.broken, provider.discovery = 0.0, {}, {}
+    monkeypatch.setattr(oidc.time, "monotonic", lambda now=time.monotonic: now() + AGAIN_S)
     assert browser.get("/login/oidc").status_code == 303
 
 

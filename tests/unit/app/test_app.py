@@ -335,7 +335,7 @@ def test_the_studies_folder_is_ours(app: MSHubApp) -> None:
     assert isinstance(app.datastore(), StudiesFolder)
 
 
-@pytest.mark.parametrize("moment", ["note_prediction", "save_label", "write_pixelwise"])
+@pytest.mark.parametrize("moment", ["note_prediction", "save_prediction", "write_pixelwise"])
 def test_a_prediction_that_cannot_be_kept_leaves_no_file(
     clinic: MSHubApp, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:

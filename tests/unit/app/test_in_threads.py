@@ -19,7 +19,7 @@ from lib.server.in_threads import in_threads, plain
 from lib.server.login import Login
 from lib.server.permissions import PERMITTED
 
-WAITING = {asgi.proxy, Health.live, Login.begin_sign_on, Login.finish_sign_on, Login.log_out}
+WAITING = {asgi.proxy, asgi.export, Health.live, Login.begin_sign_on, Login.finish_sign_on, Login.log_out}
 """Handlers that await what takes time, or do nothing."""
 
 

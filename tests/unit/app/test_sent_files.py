@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import tempfile
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -117,3 +119,29 @@ def test_no_prediction_leaves_a_file(
         asyncio.run(asgi.app(scope, receive, send))
     assert seen[0]["status"] == 200
     assert left(tmp_path) == before
+
+
+def test_two_exports_are_made_at_a_time_and_those_who_wait_keep_no_thread(
+    server: TestClient, clinic: MSHubApp, monkeypatch: pytest.MonkeyPatch, file: Path
+) -> None:
+    at_work, most, go_on = [0], [0], threading.Event()
+
+    def export_of(*_: str) -> tuple[Path, dict[str, int]]:
+        at_work[0] += 1
+        most[0] = max(most[0], at_work[0])
+        go_on.wait(20)
+        at_work[0] -= 1
+        return Path(shutil.copy(file, tempfile.mkstemp(suffix=".nrrd")[1])), {"liver": 1}
+
+    monkeypatch.setattr(clinic, "export_of", export_of)
+
+    async def ask_all() -> list[int]:
+        transport = httpx.ASGITransport(asgi.app, client=("127.0.0.1", 50000))
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as people:
+            exports = [asyncio.create_task(people.get("/mshub/export/a")) for _ in range(60)]
+            others = [(await people.get("/datastore/image/info?image=a")).status_code for _ in range(3)]
+            go_on.set()
+            return [*others, *(answer.status_code for answer in await asyncio.gather(*exports))]
+
+    assert asyncio.run(ask_all()) == [200] * 63
+    assert most == [2]

@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cache
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -205,6 +206,16 @@ def _user_of(request: Request, guards: Guards) -> tuple[User | None, bool]:
 def address_of(request: Request) -> str:
     """Return where a request comes from."""
     return request.client.host if request.client else ""
+
+
+def network_of(request: Request) -> str:
+    """Return where a request comes from; of IPv6 the network, as everybody there has addresses without number."""
+    host = address_of(request)
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return host
+    return str(ip_network((address, 64), strict=False)) if address.version == 6 else host
 
 
 def comes_from_one_person(request: Request) -> bool:

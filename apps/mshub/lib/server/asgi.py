@@ -13,6 +13,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import BackgroundTasks, Body, Depends, File, Form, HTTPException, Request, UploadFile
 from fastapi import Path as InPath
 from fastapi.responses import FileResponse, PlainTextResponse, Response
@@ -75,6 +76,9 @@ BATCH_OPTIONS = INFER_OPTIONS - {"series"} | {
     *("images", "labels", "max_batch_size", "max_workers", "multi_gpu", "gpus")
 }
 """And of MONAI Label's batch, a process of its own, which would look for programs where ``bundle_path`` says."""
+
+EXPORTING = CapacityLimiter(2)
+"""How many exports are made at a time."""
 
 STOCK_VIEWER = Path(ohif.__file__).parent / "static" / "ohif"
 STOCK_FOLDERS = frozenset({".", "..", *(path.name for path in STOCK_VIEWER.glob("*") if path.is_dir())})
@@ -414,10 +418,13 @@ def labels(user: AnyUser, image: str) -> dict[str, Any]:
     return dict(app_instance().labels_of(image))
 
 
-def export(user: AnyUser, image: str, tag: str = "final", format: str = "nrrd") -> Response:
-    """Return a stored label as a file; ``nrrd`` is what a viewer reads pixel by pixel, with its names in a header."""
+async def export(user: AnyUser, image: str, tag: str = "final", format: str = "nrrd") -> Response:
+    """Return a stored label as a file; ``nrrd`` is what a viewer reads pixel by pixel, with its names in a header.
+
+    A few are made at a time, as each holds volumes in memory; the others wait in the event loop and keep no thread.
+    """
     check_name("label tag", tag)
-    path, names = app_instance().export_of(image, tag, format)
+    path, names = await to_thread.run_sync(app_instance().export_of, image, tag, format, limiter=EXPORTING)
     media = "application/octet-stream" if format == "nrrd" else "application/dicom"
     headers = {"X-MSHub-Segments": json.dumps(names)}
     return SentOnce(path, media_type=media, filename=f"{image}_{tag}{path.suffix}", headers=headers)

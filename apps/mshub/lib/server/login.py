@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from html import escape
-from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote, urlsplit
@@ -16,7 +15,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Resp
 from fastapi.routing import APIRoute
 
 from lib import audit
-from lib.server.access import COOKIE, LOCAL_USER, USER, Guards, address_of
+from lib.server.access import COOKIE, LOCAL_USER, USER, Guards, network_of
 from lib.server.oidc import BEGIN, CALLBACK, PENDING_S, SignOn
 from mshub.logins import HOURS
 from mshub.users import User
@@ -228,7 +227,7 @@ class Login:
 
     def _opened(self, request: Request, name: str, password: str) -> str:
         """Return the token of a new login; whoever guesses has to wait longer and longer."""
-        guards, address = self._guards(), _network(request)
+        guards, address = self._guards(), network_of(request)
         key = f"{name[:64]}@{address}"
         if (wait := guards.strangers.attempt(address) or guards.guesses.attempt(key)) > 0:
             seconds = math.ceil(wait)
@@ -250,16 +249,6 @@ async def _end_of(sign_on: SignOn) -> str:
         return await sign_on.end()
     except HTTPException:  # it is down
         return ""
-
-
-def _network(request: Request) -> str:
-    """Return where a request comes from; of IPv6 the network, as everybody there has addresses without number."""
-    host = address_of(request)
-    try:
-        address = ip_address(host)
-    except ValueError:
-        return host
-    return str(ip_network((address, 64), strict=False)) if address.version == 6 else host
 
 
 def _within(address: str) -> str:

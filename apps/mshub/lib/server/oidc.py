@@ -24,7 +24,7 @@ from joserfc.errors import ClaimError, JoseError
 from starlette.requests import Request
 
 from lib.oidc_settings import OidcSettings, is_safe
-from lib.server.access import LOCAL_NAMES, host_name
+from lib.server.access import LOCAL_NAMES, host_name, network_of
 from mshub.errors import ConfigError, legible
 from mshub.users import ROLES, User, UserFile
 
@@ -35,10 +35,14 @@ CALLBACK = f"{BEGIN}/callback"
 PENDING_S = 600
 """So long somebody may take at the provider."""
 MOST_PENDING = 10_000
+MOST_PENDING_OF_ONE = 200
+"""Of one address, which a whole clinic can share: a stranger who begins on and on pushes out nobody elsewhere."""
 TIMEOUT_S = 10.0
 """For all that is asked of the provider in one step."""
 FRESH_S = 3600.0
 """Addresses and keys of the provider are read again after so long."""
+AGAIN_S = 5.0
+"""So long a provider that was of no use is not asked where its addresses are: each time somebody may wait for it."""
 LEEWAY_S = 60
 """Clocks may differ by so much."""
 ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA")
@@ -60,6 +64,7 @@ class Begun(NamedTuple):
     redirect_uri: str
     next: str
     deadline: float
+    address: str
 
 
 class Provider(StarletteOAuth2App):  # type: ignore[misc]
@@ -79,18 +84,30 @@ class Provider(StarletteOAuth2App):  # type: ignore[misc]
         }
         super().__init__(None, client_id=settings.client_id, client_secret=settings.secret(), client_kwargs=options)
         self._issuer = settings.issuer
-        self._stale_at = 0.0
+        self._stale_at, self._again_at = 0.0, 0.0
+        self._turn = anyio.Lock()
 
     async def load_server_metadata(self) -> dict[str, Any]:
         """Return the provider's addresses from its discovery document; Authlib asks for them before each step."""
-        if time.monotonic() >= self._stale_at:
+        async with self._turn:
+            if time.monotonic() >= self._stale_at:
+                await self._discover()
+        return dict(self.server_metadata)
+
+    async def _discover(self) -> None:
+        """Read the discovery document, unless that failed just now."""
+        if time.monotonic() < self._again_at:
+            raise ConfigError("it was asked just now")
+        try:
             async with self._get_session() as session:
                 address = f"{self._issuer.rstrip('/')}/.well-known/openid-configuration"
                 answer = await session.request("GET", address, withhold_token=True)
             answer.raise_for_status()
             self.server_metadata = self._checked(answer.json())
-            self._stale_at = time.monotonic() + FRESH_S
-        return dict(self.server_metadata)
+        except BaseException:  # that it took too long, too
+            self._again_at = time.monotonic() + AGAIN_S
+            raise
+        self._stale_at = time.monotonic() + FRESH_S
 
     def _checked(self, found: dict[str, Any]) -> dict[str, Any]:
         """Return what is used of a discovery document: Authlib would take options of the connection from it, too."""
@@ -127,9 +144,8 @@ class SignOn:
         with self._asking():
             told = await self._provider.create_authorization_url(redirect_uri)
         cookie, deadline = secrets.token_urlsafe(32), time.monotonic() + PENDING_S
-        self._begun[cookie] = Begun(told["state"], told["nonce"], told["code_verifier"], redirect_uri, next, deadline)
-        if len(self._begun) > MOST_PENDING:
-            self._begun.popitem(last=False)
+        kept = told["state"], told["nonce"], told["code_verifier"]
+        self._keep(cookie, Begun(*kept, redirect_uri, next, deadline, network_of(request)))
         return told["url"], cookie
 
     async def finish(self, cookie: str, state: str, code: str) -> tuple[dict[str, Any], str]:
@@ -166,6 +182,15 @@ class SignOn:
         if not roles:
             raise self._not_here("have no role", "a group that oidc_roles names")
         return User(GUEST_PREFIX + name, max(roles, key=ROLES.index), datetime.now(timezone.utc)), True
+
+    def _keep(self, cookie: str, begun: Begun) -> None:
+        """Keep what was begun; where that is too much, the oldest gives way, of the same address first."""
+        same = [other for other, one in self._begun.items() if one.address == begun.address]
+        if len(same) >= MOST_PENDING_OF_ONE:
+            del self._begun[same[0]]
+        self._begun[cookie] = begun
+        if len(self._begun) > MOST_PENDING:
+            self._begun.popitem(last=False)
 
     async def _checked_claims(self, token: dict[str, Any], nonce: str) -> dict[str, Any]:
         """Return what the id token says, once its signature, issuer, audience, times and nonce were checked."""
