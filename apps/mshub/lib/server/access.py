@@ -14,10 +14,8 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from functools import cache
 from ipaddress import ip_address, ip_network
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote, urlsplit
 
 from starlette.requests import Request
@@ -223,13 +221,13 @@ def comes_from_one_person(request: Request) -> bool:
     if _is_local(request):
         return host_name(request.headers.get("host", "")) in LOCAL_NAMES
     is_forwarded = bool(request.headers.get("x-forwarded-for", "").strip())
-    return is_forwarded or address_of(request) not in _proxies(os.environ.get("FORWARDED_ALLOW_IPS", ""))
+    return is_forwarded or not _is_proxy(address_of(request))
 
 
-@cache
-def _proxies(named: str) -> Any:
-    """Return the addresses of proxies, as uvicorn reads them: networks, and ``*`` for all, too."""
-    return ProxyHeadersMiddleware(_no_app, named).trusted_hosts
+def _is_proxy(address: str) -> bool:
+    """Return whether an address is that of a proxy, as uvicorn reads them: networks, and ``*`` for all, too."""
+    named = os.environ.get("FORWARDED_ALLOW_IPS", "")
+    return address in ProxyHeadersMiddleware(_no_app, named).trusted_hosts
 
 
 async def _no_app(*_: object) -> None:
