@@ -197,12 +197,13 @@ def test_a_model_without_new_cases_is_trained_when_it_is_asked_for_by_name(
     assert len(server.get("/train/?all=true").json()) == 2
 
 
-def test_who_asks_is_the_client_or_else_the_user(
-    server: TestClient, clinic: MSHubApp, review: Callable[..., None]
+@pytest.mark.parametrize(("body", "client"), [({"client_id": "ada"}, "ada"), ({}, "")])
+def test_where_nobody_logs_in_the_client_says_who_asks(
+    server: TestClient, clinic: MSHubApp, review: Callable[..., None], body: dict[str, str], client: str
 ) -> None:
     review("a", "liver")
-    server.post("/train/tiny")
-    assert clinic.jobs.all()[0].request.client == "admin"  # MONAI Label's user where nobody logs in
+    server.post("/train/tiny", json=body)
+    assert clinic.jobs.all()[0].request.client == client
 
 
 def test_a_failed_training_is_an_error_with_its_reason(server: TestClient, review: Callable[..., None]) -> None:
