@@ -353,11 +353,11 @@ class StudiesFolder(LabelFolder):
         return stem, ending
 
     def image_of(self, word: str) -> str | None:
-        """Return the id of the image that a word means, also one that is the name of a file of it; None if none is."""
-        for image_id in (word, self._id_of(word)):
-            if image_id in self._datastore.objects:
-                return image_id
-        return None
+        """Return the id of the image that a word means, also one that is the name of a file of it; None if none is.
+
+        An image whose file is gone has its name for as long as its labels are kept.
+        """
+        return next((image_id for image_id in (word, self._id_of(word)) if self._known_of(image_id)), None)
 
     def get_dataset_archive(self, limit_cases: int | None) -> str:
         """Return a new ZIP of images that have a final label, and these labels.

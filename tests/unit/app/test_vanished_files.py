@@ -128,6 +128,7 @@ def test_the_log_says_that_labels_are_kept_once(
     assert [line for line in caplog.messages if "labels is kept" in line] == [
         "a: no image in the folder any more; what is known of the labels is kept"
     ]
+    assert store.image_of("a") == store.image_of("a.nii.gz") == "a", "the log shows a hash for it, now as before"
 
 
 @pytest.mark.parametrize("look", LOOKS)
