@@ -48,8 +48,8 @@ WHAT = ("label", "note", "upload")
 class Before(StudiesFolder):
     """The datastore as it was: every change writes the index whole, a label also its copy, an upload looks at all."""
 
-    def _store(self, entries: Any) -> None:
-        self._apply(entries)
+    def _store(self, entries: Any, absent: Any = None) -> None:
+        self._apply(entries, absent or {})
         replace_json(self._journal.index, self._datastore.model_dump(exclude={"base_path"}))
         self._journal.read_index()
 
