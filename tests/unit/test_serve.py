@@ -157,6 +157,10 @@ def test_a_pacs_shows_mr_as_well_as_ct(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_the_operators_own_settings_win_except_for_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
+    assert server_environment(tmp_path)["MALLOC_ARENA_MAX"] == "2"
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "8")
+    assert server_environment(tmp_path)["MALLOC_ARENA_MAX"] == "8"
     monkeypatch.setenv("MONAI_LABEL_SESSION_PATH", "/elsewhere")
     monkeypatch.setenv("MSHUB_HOME", "/not/this/one")
     environment = server_environment(tmp_path)
