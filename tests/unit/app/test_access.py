@@ -502,6 +502,8 @@ def test_the_audit_log_says_who_did_what_without_an_id(api: FastAPI, users: User
         ("GET", "/datastore/image?id=other&image=SERVED"),
         ("GET", "/datastore/image?image=SERVED&x=image%3Dother"),
         ("GET", "/mshub/export/SERVED?image=other&id=other"),
+        ("GET", "/datastore/image?image=SERVED&session_id=other"),
+        ("PUT", "/datastore/label?image=SERVED&session_id=other"),
     ],
 )
 def test_the_audit_log_names_the_image_that_was_served(

@@ -26,6 +26,8 @@ IMAGE_NAMES = {
     ("PUT", "/datastore/updatelabelinfo"): "label",
 }
 """Parameter by which a route of MONAI Label's names an image, if not ``image``: no other may be told in its place."""
+INFER = ("POST", "/infer/{model}")
+"""Takes the image of a session, where one is named, and not that of ``image``; no other route takes one by a query."""
 HASHED = ("image", "session", "tried")
 """What is noted in clear while a request is answered, and told as a hash: an image, a session, a name nobody has."""
 LONGEST = 64
@@ -84,9 +86,9 @@ class Trail:
     def _what(self, request: Request, permission: Permission | None, parameters: dict[str, Any]) -> dict[str, str]:
         """Return image and session, as hashes, and what is nobody's name: models, strategies, batches, tags."""
         query = request.query_params
-        name = IMAGE_NAMES.get((request.method, permission.path if permission else ""), "image")
-        session = parameters.get("session_id") or query.get("session_id")
-        image = None if session else parameters.get("image") or query.get(name)  # a session's goes before an image
+        route = request.method, permission.path if permission else ""
+        session = parameters.get("session_id") or (query.get("session_id") if route == INFER else None)
+        image = None if session else parameters.get("image") or query.get(IMAGE_NAMES.get(route, "image"))
         told = {name: parameters.get(name) for name in ("model", "strategy", "batch")} | {"tag": query.get("tag")}
         hashed = {kind: self._log.hashed(one) for kind, one in (("image", image), ("session", session)) if one}
         return hashed | {name: str(value)[:LONGEST] for name, value in told.items() if value}
