@@ -41,9 +41,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-# What a version's record says of it, beside the card.
 SAMPLES = "sample-studies"
 """Folder under MSHUB_HOME where the working copy of the sample data is."""
+# What a version's record says of it, beside the card.
 _RECORDED = [
     "channels",
     "configuration",

@@ -160,7 +160,6 @@ def _converted(key: str, value: Any) -> Any:
             raise ValueError("expected a whole number")
         return int(value)
     except (TypeError, ValueError) as error:
-        told = (
-            str(error) if str(error).startswith("expected") else f"expected a {'' if kind is float else 'whole '}number"
-        )
+        wanted = "expected a number" if kind is float else "expected a whole number"
+        told = str(error) if str(error).startswith("expected") else wanted
         raise ConfigError(f"The recipe's {key} is {value!r}: {told}.") from error

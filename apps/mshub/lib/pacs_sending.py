@@ -102,18 +102,19 @@ class LabelSender:
             self._again.start()
 
     def _send_waiting(self) -> None:
-        for image in self._labels.labels_where(FINAL, lambda info: bool((info.get("pacs") or {}).get("waits"))):
+        for image in self._labels.labels_where(FINAL, lambda info: bool(_note_in(info).get("waits"))):
             not_before, _ = self._pauses.get(image, (0.0, 0.0))
             if time.monotonic() >= not_before and not self.send(image):
                 return
 
     def _send(self, image_id: str, folder: Path) -> bool:
         label, info = self._labels.copy_label(image_id, FINAL, folder)
-        waits: Note = info.get("pacs") or {}
+        waits = _note_in(info)
         if label is None or not waits.get("waits"):  # another request sent it meanwhile, or it is gone
             return True
         answered = True
         try:
+            self._fetch(image_id)
             news = self._arrived(image_id, waits) or self._stored(image_id, label, info)
         except (PacsError, OSError, HTTPException) as error:
             answered = not isinstance(error, PacsUnreachable)
@@ -144,12 +145,10 @@ class LabelSender:
         sent = [waits.get(key, "") for key in SENT]
         if not all(sent):
             return None
-        self._fetch(image_id)
         study = str(self._files.stack(image_id).headers[0].StudyInstanceUID)
         return STORED if self._client.lists(study, *sent) else None
 
     def _stored(self, image_id: str, label: Path, info: Mapping[str, Any]) -> Note:
-        self._fetch(image_id)
         stack = self._files.stack(image_id)
         correction = read_correction(label, info.get("label_info"), stack.grid, self._labels.structures())
         voxels = stack.to_slices(correction.labels.array_xyz)
@@ -170,10 +169,14 @@ class LabelSender:
         mark = waits.get(MARK)
 
         def is_sent(tag: str, info: dict[str, Any]) -> bool:
-            return (info.get("pacs") or {}).get(MARK) == mark if mark else tag == FINAL
+            return _note_in(info).get(MARK) == mark if mark else tag == FINAL
 
         with self._labels.changing_label(image_id, is_sent) as info:
             if info is None:
                 logger.info("%s: the label that was sent is gone", image_id)
             else:
-                info["pacs"] = {**(info.get("pacs") or {}), **news}
+                info["pacs"] = {**_note_in(info), **news}
+
+
+def _note_in(info: Mapping[str, Any]) -> Note:
+    return info.get("pacs") or {}
