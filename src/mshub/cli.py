@@ -9,7 +9,6 @@ import logging
 import sys
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import urlsplit
 
 import typer
 from rich.logging import RichHandler
@@ -17,21 +16,22 @@ from rich.markup import escape
 from rich.table import Table
 
 import mshub
+from mshub.audit_line import tell
 from mshub.catalogue import ModelCard
 from mshub.console import (
     bytes_progress,
     epoch_progress,
     err,
+    key_values,
     near,
     out,
     print_json,
     readable,
-    this_command,
     tile_progress,
 )
 from mshub.errors import ConfigError, MSHubError, TrainingError
+from mshub.serve_cli import serve
 from mshub.store import ModelStore, ModelVersion
-from mshub.users import user_file
 from mshub.users_cli import users_app
 
 app = typer.Typer(
@@ -41,8 +41,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-SAMPLES = "sample-studies"
-"""Folder under MSHUB_HOME where the working copy of the sample data is."""
 # What a version's record says of it, beside the card.
 _RECORDED = [
     "channels",
@@ -57,6 +55,7 @@ _RECORDED = [
     "trusted",
 ]
 app.add_typer(users_app, name="users")
+app.command()(serve)
 ModelId = Annotated[str, typer.Argument(metavar="ID", help="Model id; see `mshub list`.", show_default=False)]
 EngineName = Annotated[
     str,
@@ -166,19 +165,19 @@ def add(
             f"[bold yellow]--trust:[/] code inside {escape(str(path))} may run on this computer with your rights.",
             soft_wrap=True,
         )
-    _report_installed(
-        add_model(
-            ModelStore(),
-            model_id,
-            path,
-            card_path=card,
-            root=root,
-            origin=origin_of(path, origin),
-            licence=licence,
-            trust=trust,
-        ),
-        engine,
+    store = ModelStore()
+    version = add_model(
+        store,
+        model_id,
+        path,
+        card_path=card,
+        root=root,
+        origin=origin_of(path, origin),
+        licence=licence,
+        trust=trust,
     )
+    tell(store.home, "mshub add", model=model_id, version=version.version, trust=trust)
+    _report_installed(version, engine)
 
 
 @app.command()
@@ -186,13 +185,15 @@ def fetch(model_id: ModelId, engine: EngineName = "auto") -> None:
     """Download a model's weights and install them."""
     from mshub.install import fetch_model
 
+    store = ModelStore()
     with bytes_progress() as progress:
         task = progress.add_task(model_id, total=None, visible=False)
         version = fetch_model(
-            ModelStore(),
+            store,
             model_id,
             lambda done, total: progress.update(task, completed=done, total=total, visible=True),
         )
+    tell(store.home, "mshub fetch", model=model_id, version=version.version)
     _report_installed(version, engine)
 
 
@@ -271,14 +272,18 @@ def promote(
     reason: Annotated[str, typer.Option(help="Why; kept in the model's history.")] = "promoted by hand",
 ) -> None:
     """Make a version the current one; a running server switches with its next request."""
-    chosen = ModelStore().promote(model_id, version, reason)
+    store = ModelStore()
+    chosen = store.promote(model_id, version, reason)
+    tell(store.home, "mshub promote", model=model_id, version=chosen.version)
     out.print(f"{model_id} now serves {chosen.version}.")
 
 
 @app.command()
 def rollback(model_id: ModelId) -> None:
     """Go back to the version that served before the last promotion."""
-    chosen = ModelStore().rollback(model_id)
+    store = ModelStore()
+    chosen = store.rollback(model_id)
+    tell(store.home, "mshub rollback", model=model_id, version=chosen.version)
     out.print(f"{model_id} now serves {chosen.version} again.")
 
 
@@ -462,7 +467,7 @@ def finetune(
     parent = store.current(model_id) if model_id in store.installed() else None
     cases = cases_from_folders(images.resolve(), labels.resolve(), parent.record["labels"] if parent else None)
     options = {"epochs": epochs, "iterations": iterations, "learning_rate": learning_rate, "guard": guard}
-    further = _pairs("--recipe", recipe or [], "averaging=0.2")
+    further = key_values("--recipe", recipe or [], "averaging=0.2")
     chosen = Recipe.from_options({**options, **further}, Recipe() if parent else FROM_SCRATCH)
     dataset = None if parent else read_dataset_json(labels.resolve())
     request = JobRequest(
@@ -508,168 +513,6 @@ def _report_round(store: ModelStore, model_id: str, progress: dict[str, Any]) ->
         out.print(f"  - {escape(reason.replace('ID VERSION', f'{model_id} {version}'))}", soft_wrap=True)
     if progress.get("report"):
         out.print(f"  report: {escape(near(store.home / progress['report']))}", soft_wrap=True)
-
-
-# -- the server -------------------------------------------------------------------------------------------------------
-
-
-@app.command()
-def serve(
-    studies: Annotated[str | None, typer.Option(help="Folder of images, or address of a DICOMweb server.")] = None,
-    sample: Annotated[bool, typer.Option("--sample", help="Serve a working copy of the sample data.")] = False,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for the whole network.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
-    conf: Annotated[list[str] | None, typer.Option(help="KEY=VALUE option of the app; repeatable.")] = None,
-    tls_cert: Annotated[Path | None, typer.Option(help="Certificate (chain) in PEM: the server speaks HTTPS.")] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="The certificate's key in PEM.")] = None,
-    log_format: Annotated[str, typer.Option(help="Lines of the log: text, or json for programs.")] = "text",
-    oidc_issuer: Annotated[
-        str | None,
-        typer.Option(
-            envvar="MSHUB_OIDC_ISSUER",
-            help="Single sign-on: address of the OpenID Connect provider, exactly as it names itself.",
-        ),
-    ] = None,
-    oidc_client_id: Annotated[str | None, typer.Option(help="What this server is called there.")] = None,
-    oidc_client_secret_file: Annotated[str | None, typer.Option(help="File with this server's secret there.")] = None,
-    oidc_public_url: Annotated[
-        str | None,
-        typer.Option(help="This server's own address, as browsers see it; needed unless they are on this machine."),
-    ] = None,
-    oidc_role_claim: Annotated[
-        str | None, typer.Option(help="Where the provider lists somebody's groups; default: groups.")
-    ] = None,
-    oidc_roles: Annotated[
-        str | None,
-        typer.Option(help="ROLE=GROUP,ROLE=GROUP; without it, only people whom `mshub users` knows may enter."),
-    ] = None,
-) -> None:
-    """Start the MONAI Label server with all installed models."""
-    from mshub import serve as server
-
-    if (studies is None) == (not sample):
-        raise ConfigError("Say what to serve: either --studies DIR (or a DICOMweb address) or --sample.")
-    store = ModelStore()
-    sign_on = {
-        "oidc_issuer": oidc_issuer,
-        "oidc_client_id": oidc_client_id,
-        "oidc_client_secret_file": oidc_client_secret_file,
-        "oidc_public_url": oidc_public_url,
-        "oidc_role_claim": oidc_role_claim,
-        "oidc_roles": oidc_roles,
-    }
-    said = {key: value for key, value in sign_on.items() if value}
-    options = {**said, **_pairs("--conf", conf or [], "device=cpu")}
-    server.check_exposure(host, store.home, has_sign_on=bool(options.get("oidc_issuer")))
-    server.check_address(host, port)
-    tls = _tls_files(tls_cert, tls_key)
-    folder = _prepare_samples(store) if sample else _studies(str(studies))
-    log_config = server.write_log_config(store.home, log_format)
-    command = server.server_command(folder, host, port, options, log_config, tls)
-    _announce(store, folder, host, port, "https" if tls else "http", options.get("oidc_issuer"))
-    raise typer.Exit(server.run_server(command, server.server_environment(store.home)))
-
-
-def _tls_files(cert: Path | None, key: Path | None) -> tuple[Path, Path] | None:
-    from mshub.serve import check_tls
-
-    if cert is None and key is None:
-        return None
-    if cert is None or key is None:
-        raise ConfigError("HTTPS needs both --tls-cert and --tls-key.")
-    missing = [str(path) for path in (cert, key) if not path.is_file()]
-    if missing:
-        raise ConfigError(f"There is no file {missing[0]}; expected the server's certificate and key in PEM.")
-    check_tls(cert, key)
-    return cert.resolve(), key.resolve()
-
-
-def _prepare_samples(store: ModelStore) -> str:
-    from mshub.bundled import copy_samples
-
-    if "starter" not in store.installed():
-        from mshub.install import fetch_model
-
-        fetch_model(store, "starter")
-    folder = store.home / SAMPLES
-    copy_samples(folder)
-    return str(folder)
-
-
-def _studies(studies: str) -> str:
-    if "://" in studies:
-        try:
-            urlsplit(studies)
-        except ValueError as error:
-            raise ConfigError(
-                f"--studies {studies} is no address ({error}). Expected a folder, or a DICOMweb service such as "
-                "http://pacs:8042/dicom-web."
-            ) from error
-        return studies
-    if not Path(studies).is_dir():
-        raise ConfigError(
-            f"--studies {studies} is no folder. Create it, put NIfTI, NRRD or MetaImage files in it, try again."
-        )
-    return str(Path(studies).resolve())
-
-
-def _pairs(option: str, items: list[str], example: str) -> dict[str, str]:
-    wrong = [item for item in items if "=" not in item]
-    if wrong:
-        raise ConfigError(f"{option} {wrong[0]} has no value; expected KEY=VALUE, such as {option} {example}.")
-    return dict(item.split("=", 1) for item in items)
-
-
-def _announce(store: ModelStore, studies: str, host: str, port: int, scheme: str, issuer: str | None) -> None:
-    from mshub.serve import is_loopback
-
-    url = f"{scheme}://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
-    models = store.installed()
-    out.print(f"[bold]MSHub {mshub.__version__}[/] serves {escape(studies)}", soft_wrap=True)
-    out.print(
-        f"  models           {', '.join(models) or 'none installed yet: see `mshub list`, `mshub add`'}", soft_wrap=True
-    )
-    out.print(f"  3D Slicer        MONAI Label module, server address [cyan]{url}[/]")
-    out.print(f"  OHIF viewer      {_viewer(store, studies, url)}", soft_wrap=True)
-    out.print(f"  API and status   [cyan]{url}/[/]  [cyan]{url}/mshub/status[/]")
-    if example := _example(store, studies):
-        out.print(f"  in a terminal    {this_command()} predict {escape(example)} -o label.nii.gz", soft_wrap=True)
-    users = user_file(store.home).users()
-    who = [f"{len(users)} user(s), who log in"] if users else []
-    who += [f"people of {issuer}"] if issuer else []
-    out.print(
-        f"  access           {escape(' and '.join(who) or 'this machine only, no login')}; see {this_command()} users",
-        soft_wrap=True,
-    )
-    if who and scheme == "http" and not is_loopback(host):
-        out.print(
-            "[bold yellow]  Passwords and images travel unencrypted: use --tls-cert and --tls-key, or a proxy that "
-            "speaks HTTPS.[/]",
-            soft_wrap=True,
-        )
-    out.print(
-        f"  It is up when the last line says so; stop with Ctrl+C. Log: {escape(near(store.home))}/logs/server.log",
-        soft_wrap=True,
-    )
-
-
-def _viewer(store: ModelStore, studies: str, url: str) -> str:
-    """Return where OHIF is, or what it takes: it shows DICOM only."""
-    if "://" not in studies:
-        return "shows DICOM: needs the address of a PACS, --studies DICOMWEB-ADDRESS; try `make demo-ohif`"
-    stock = f"MONAI Label's own: [cyan]{url}/ohif/[/]"
-    if any((store.home / "viewer").glob("*/index.html")):
-        return f"[cyan]{url}/viewer/[/]  ({stock})"
-    return f"not installed yet: `make viewer`  ({stock})"
-
-
-def _example(store: ModelStore, studies: str) -> str:
-    """Return a model with one channel, the starter first, and what to try it on: a sample; others' stay unnamed."""
-    models = [model for model in store.installed() if len(store.current(model).record["channels"]) == 1]
-    if not models or "://" in studies:
-        return ""
-    samples = sorted(Path(studies).glob("*.nii.gz")) if Path(studies) == store.home / SAMPLES else []
-    return f"{min(models, key=lambda model: model != 'starter')} {near(samples[0]) if samples else 'IMAGE.nii.gz'}"
 
 
 # -- shared -----------------------------------------------------------------------------------------------------------

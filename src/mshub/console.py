@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+
+from mshub.errors import ConfigError
 
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
@@ -90,3 +93,17 @@ def near(path: Path) -> str:
     """Return `path` as seen from the working directory where it is inside it."""
     absolute = path.absolute()
     return str(absolute.relative_to(Path.cwd()) if absolute.is_relative_to(Path.cwd()) else absolute)
+
+
+def key_values(option: str, items: Sequence[str], example: str) -> dict[str, str]:
+    """Return what a repeatable option ``KEY=VALUE`` says.
+
+    Raises
+    ------
+    ConfigError
+        One of `items` has no value; the message names the `option` and an `example`.
+    """
+    wrong = [item for item in items if "=" not in item]
+    if wrong:
+        raise ConfigError(f"{option} {wrong[0]} has no value; expected KEY=VALUE, such as {option} {example}.")
+    return dict(item.split("=", 1) for item in items)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mshub.atomic_file import replace_by_copy, replace_json
+from mshub.audit_line import tell
 from mshub.cases import ReviewedCase
 from mshub.catalogue import AS_STORED, ModelCard, draft_card
 from mshub.dataset_json import read_labels
@@ -395,3 +396,4 @@ def _promote(store: ModelStore, job: Job, version: ModelVersion) -> None:
     _prepare(store, version)
     reason = f"gate: {lineage['verdict']['summary']}"
     store.promote(version.model_id, version.version, reason, instead_of=lineage["scores"].keys())
+    tell(store.home, "gate", model=version.model_id, version=version.version, job=job.id)

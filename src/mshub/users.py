@@ -231,7 +231,7 @@ class UserFile:
             wanted = _checked_role(role or facts["role"])
             if ROLES.index(wanted) > ROLES.index(facts["role"]):
                 raise AccessError(f"{name} is {facts['role']}; a token of theirs cannot be {wanted}.")
-            facts["tokens"][secrets.token_hex(4)] = {
+            facts["tokens"][number_of(token)] = {
                 "sha256": digest_of(token),
                 "note": note[:200],
                 "role": wanted,
@@ -277,6 +277,11 @@ def user_file(home: Path) -> UserFile:
 def digest_of(token: str) -> str:
     """Return what is kept of a token."""
     return hashlib.sha256(_bytes(token)).hexdigest()
+
+
+def number_of(token: str) -> str:
+    """Return what a token is called where nobody may learn it."""
+    return digest_of(token)[:8]
 
 
 def _checked_role(role: str) -> str:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import sys
 from datetime import datetime, timezone
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
+from mshub.audit_line import tell
 from mshub.console import out
 from mshub.errors import AccessError
 from mshub.store import ModelStore
-from mshub.users import ROLES, UserFile, user_file
+from mshub.users import ROLES, UserFile, number_of, user_file
 
 users_app = typer.Typer(help="Who may use the server: people with passwords and roles, tokens for scripts.")
 
@@ -24,6 +25,11 @@ FromStdin = Annotated[bool, typer.Option("--password-stdin", help="Read the pass
 
 def _file() -> UserFile:
     return user_file(ModelStore().home)
+
+
+def _tell(command: str, **facts: Any) -> None:
+    """Add a line about what was done to the audit log."""
+    tell(ModelStore().home, f"mshub users {command}", **facts)
 
 
 @users_app.command("list")
@@ -48,6 +54,7 @@ def add(name: Name, role: Role = "", password_stdin: FromStdin = False) -> None:
     file = _file()
     role = role or ("annotator" if file else "admin")
     file.add(name, _password(password_stdin), role)
+    _tell("add", whom=name, role=role)
     out.print(f"{escape(name)} may log in as [bold]{escape(role)}[/].")
 
 
@@ -55,6 +62,7 @@ def add(name: Name, role: Role = "", password_stdin: FromStdin = False) -> None:
 def password(name: Name, password_stdin: FromStdin = False) -> None:
     """Give a user another password; the user is logged out everywhere."""
     _file().set_password(name, _password(password_stdin))
+    _tell("password", whom=name)
     out.print(f"The password of {escape(name)} was changed.")
 
 
@@ -62,6 +70,7 @@ def password(name: Name, password_stdin: FromStdin = False) -> None:
 def role(name: Name, role: Annotated[str, typer.Argument(help=", ".join(ROLES), show_default=False)]) -> None:
     """Give a user another role."""
     _file().set_role(name, role)
+    _tell("role", whom=name, role=role)
     out.print(f"{escape(name)} is [bold]{escape(role)}[/] now.")
 
 
@@ -69,6 +78,7 @@ def role(name: Name, role: Annotated[str, typer.Argument(help=", ".join(ROLES), 
 def remove(name: Name) -> None:
     """Remove a user with all tokens; labels the user submitted stay."""
     _file().remove(name)
+    _tell("remove", whom=name)
     out.print(f"{escape(name)} cannot log in any more.")
 
 
@@ -81,6 +91,7 @@ def token(
 ) -> None:
     """Make an API token for scripts and print it, this once: ``Authorization: Bearer TOKEN``."""
     made = _file().create_token(name, note, days, role or None)
+    _tell("token", whom=name, number=number_of(made), days=days, **({"role": role} if role else {}))
     sys.stdout.write(f"{made}\n")
 
 
@@ -98,6 +109,7 @@ def tokens() -> None:
 def revoke(number: Annotated[str, typer.Argument(help="Its number; see `mshub users tokens`.")]) -> None:
     """Take an API token back."""
     _file().revoke_token(number)
+    _tell("revoke", number=number)
     out.print(f"The token {escape(number)} is good for nothing any more.")
 
 

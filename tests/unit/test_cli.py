@@ -20,6 +20,7 @@ import torch
 import mshub
 from dicom_series_factory import SeriesMaker
 from factories import make_image, make_model_folder, odd_grids
+from mshub.audit_line import audit_file
 from mshub.catalogue import Catalogue, draft_card
 from mshub.cli import main
 from mshub.errors import StoreError
@@ -292,6 +293,11 @@ def test_versions_are_promoted_and_rolled_back(
     assert [(row["version"], row["current"]) for row in rows] == [("v1", False), ("v2", True)]
     assert installed.history("tiny")[-1]["reason"] == "Dice 0.9"
     assert run("rollback", "tiny").out == "tiny now serves v1 again.\n"
+    told = [json.loads(line) for line in audit_file(installed.home).read_text().splitlines()]
+    assert [(line["action"], line["model"], line["version"]) for line in told] == [
+        ("mshub promote", "tiny", "v2"),
+        ("mshub rollback", "tiny", "v1"),
+    ]
     shown = run("versions", "tiny")
     assert shown.code == 0
     assert re.search(r"^ ?v1 +yes +20\d\d-", shown.out, re.MULTILINE)
@@ -648,6 +654,21 @@ def test_serve_says_where_to_look_and_how_to_predict(
     assert "predict tiny IMAGE.nii.gz -o label.nii.gz" in result.out
     assert case.name not in result.out, "it can be a patient's name, and output goes to logs"
     assert "this machine only, no login" in result.out
+    assert '"action": "mshub serve"' in audit_file(installed.home).read_text()
+
+
+def test_another_home_is_that_of_all_the_server_has(
+    run: Run, case: Path, started: list[Any], tmp_path: Path, home: Path
+) -> None:
+    assert run("users", "add", "ada", "--password-stdin", stdin="a long password\n").code == 0
+    other = tmp_path / "other"
+    arguments = ["serve", "--studies", case.parent, "--conf", f"home={other}"]
+    assert "mshub users add" in run(*arguments, "--host", "0.0.0.0").err, "ada is no user of the other one"
+    assert "this machine only, no login" in run(*arguments).out
+    ((command, environment),) = started
+    assert environment["MSHUB_HOME"] == str(other)
+    assert "home" not in command
+    assert (other / "logs" / "logging.json").is_file()
 
 
 def test_a_server_for_the_whole_network_needs_users_and_says_that_passwords_are_read(

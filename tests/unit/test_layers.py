@@ -16,7 +16,7 @@ LIBRARY, APP = ROOT / "src" / "mshub", ROOT / "apps" / "mshub"
 
 # Lowest first; a module may import those before it. Modules of one package count as one where only it is listed.
 LIBRARY_LAYERS = (
-    *("errors", "atomic_file", "label_rules", "dataset_json", "labels", "card_tables", "structures"),
+    *("errors", "atomic_file", "audit_line", "label_rules", "dataset_json", "labels", "card_tables", "structures"),
     *("model_card", "card_draft"),
     *("catalogue", "checksums", "sources", "model_layouts", "archive", "downloads", "http_file", "drive"),
     *("fetch", "store", "users", "logins", "throttle", "log_lines"),
@@ -42,7 +42,7 @@ LIBRARY_LAYERS = (
     *("nnunet.v1_conversion", "nnunet.trusted", "nnunet.planning", "nnunet.training_set"),
     *("nnunet.label_warping", "nnunet.trainer"),
     *("evaluation", "bundled", "install", "round_report", "rounds", "worker", "serve", "console"),
-    *("users_cli", "cli", "__main__"),
+    *("users_cli", "serve_cli", "cli", "__main__"),
 )
 APP_LAYERS = (
     *("lib.faults", "lib.audit", "lib.free_space", "lib.index_file", "lib.index_entries", "lib.index_journal"),

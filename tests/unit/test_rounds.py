@@ -15,6 +15,7 @@ import torch
 
 from factories import make_model_folder
 from mshub import rounds as rounds_module
+from mshub.audit_line import audit_file
 from mshub.cases import ReviewedCase
 from mshub.errors import ConfigError, ModelNotAvailable, PredictionError, StoreError, TrainingError
 from mshub.evaluation import Evaluator
@@ -168,6 +169,8 @@ def test_a_candidate_that_passes_the_gate_serves(promoted: tuple[ModelStore, Job
     last = store.history("tiny")[-1]
     assert (last["from"], last["to"], last["rollback"]) == ("v1", "v2", False)
     assert last["reason"].startswith("gate: promoted: mean Dice ")
+    (told,) = audit_file(store.home).read_text().splitlines()
+    assert {"action": "gate", "model": "tiny", "version": "v2", "job": job.id}.items() <= json.loads(told).items()
     assert store.verify("tiny", "v2").version == "v2"
     progress = job.progress()
     assert (progress["version"], progress["outcome"]) == ("v2", "promoted")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import getpass
 import io
+import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from mshub import users as module
+from mshub.audit_line import audit_file
 from mshub.cli import main
 from mshub.users import user_file
 
@@ -94,3 +98,29 @@ def test_what_cannot_be_done_is_a_sentence(
     assert code == 1
     assert said in err
     assert not user_file(home)
+
+
+def test_whatever_is_changed_stands_in_the_audit_log_and_what_is_refused_does_not(run: Run, home: Path) -> None:
+    run("add", "ada", "--password-stdin", stdin=PASSWORD)
+    run("add", "grace", "--password-stdin", stdin=PASSWORD)
+    run("add", "grace", "--password-stdin", stdin=PASSWORD)
+    run("role", "grace", "viewer")
+    run("password", "grace", "--password-stdin", stdin="another password")
+    token = run("token", "ada", "--note", "nightly export", "--days", "7", "--role", "viewer")[1].strip()
+    (known,) = user_file(home).tokens()
+    run("revoke", known.number)
+    run("remove", "grace")
+    run("list")
+    text = audit_file(home).read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert {line["account"] for line in lines} == {os.environ.get("SUDO_USER") or getpass.getuser()}
+    assert [{key: told for key, told in line.items() if key not in ("time", "account")} for line in lines] == [
+        {"action": "mshub users add", "whom": "ada", "role": "admin"},
+        {"action": "mshub users add", "whom": "grace", "role": "annotator"},
+        {"action": "mshub users role", "whom": "grace", "role": "viewer"},
+        {"action": "mshub users password", "whom": "grace"},
+        {"action": "mshub users token", "whom": "ada", "number": known.number, "days": 7, "role": "viewer"},
+        {"action": "mshub users revoke", "number": known.number},
+        {"action": "mshub users remove", "whom": "grace"},
+    ]
+    assert not [secret for secret in (token, PASSWORD, "another password", "nightly export") if secret in text]

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import json
 import logging
 import re
 import secrets
 from collections.abc import Callable
 from contextvars import ContextVar
-from datetime import datetime, timezone
 from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any, cast
 
 from mshub.atomic_file import for_the_owner, replace_text
+from mshub.audit_line import audit_file, audit_line
 from mshub.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -107,14 +106,14 @@ class AuditLog:
 
     def __init__(self, home: Path) -> None:
         self.hashed = Pseudonyms(home).of
-        path = home / "logs" / "audit.jsonl"
+        path = audit_file(home)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._handler = _OwnersFile(path, maxBytes=FILE_BYTES, backupCount=FILES, encoding="utf-8")
 
     def write(self, **facts: Any) -> None:
         """Write one line; that it cannot be written is an error in the server's log, and the request goes on."""
-        line = json.dumps({"time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), **facts}, default=str)
-        self._handler.handle(logging.LogRecord("audit", logging.INFO, "", 0, line, None, None))
+        record = logging.LogRecord("audit", logging.INFO, "", 0, audit_line(**facts), None, None)
+        self._handler.handle(record)
 
 
 class _OwnersFile(RotatingFileHandler):

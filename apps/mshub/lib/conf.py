@@ -111,13 +111,13 @@ class Config:
             disk_gb=_number("disk_gb", chosen.get("disk_gb") or cls.disk_gb, "gigabytes"),
             upload_gb=_number("upload_gb", chosen.get("upload_gb") or cls.upload_gb, "gigabytes"),
             pacs_timeout=_number("pacs_timeout", chosen.get("pacs_timeout") or cls.pacs_timeout, "seconds"),
-            queue=int(_number("queue", chosen.get("queue") or cls.queue, "predictions", least=0)),
+            queue=_whole("queue", chosen.get("queue") or cls.queue, "predictions"),
             lease_minutes=_number("lease_minutes", chosen.get("lease_minutes") or cls.lease_minutes, "minutes"),
-            audit_every=int(_number("audit_every", chosen.get("audit_every") or cls.audit_every, "choices", least=0)),
+            audit_every=_whole("audit_every", chosen.get("audit_every") or cls.audit_every, "choices"),
             idle_minutes=_number(
                 "idle_minutes", chosen.get("idle_minutes") or cls.idle_minutes, "minutes", least=0, most=60
             ),
-            idle_cases=int(_number("idle_cases", chosen.get("idle_cases") or cls.idle_cases, "cases", least=0)),
+            idle_cases=_whole("idle_cases", chosen.get("idle_cases") or cls.idle_cases, "cases"),
             oidc=OidcSettings.parse(chosen),
         )
 
@@ -161,3 +161,11 @@ def _number(
     expected = f"a number of {unit} from {least:g}" if least is not None else f"a positive number of {unit}"
     limit = f" to {most:g}" if most < float("inf") else ""
     raise ConfigError(f"{key} is {value!r}; expected {expected}{limit}.")
+
+
+def _whole(key: str, value: str | int, unit: str) -> int:
+    """Return a whole number from 0."""
+    number = _number(key, value, unit, least=0)
+    if number != int(number):
+        raise ConfigError(f"{key} is {value!r}; expected a whole number of {unit} from 0.")
+    return int(number)

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from lib.conf import Config
-from mshub.errors import ConfigError
+from lib.server.launch import check_models
+from mshub.errors import CatalogueError, ConfigError
+from mshub.store import ModelStore
 
 
 def test_without_options_everything_installed_is_served_accurately(home: Path) -> None:
@@ -68,6 +70,7 @@ def test_an_unknown_option_is_refused_with_the_nearest_known_one(
         ({"idle_minutes": "61"}, "expected a number of minutes from 0 to 60"),
         ({"idle_minutes": "-1"}, "from 0"),
         ({"audit_every": "often"}, "expected a number of choices from 0"),
+        ({"queue": "1.9"}, "queue is '1.9'; expected a whole number of predictions from 0"),
     ],
 )
 def test_an_impossible_value_is_refused(conf: dict[str, str], message: str) -> None:
@@ -88,3 +91,10 @@ def test_active_learning_can_be_switched_off_and_on() -> None:
     config = Config.parse({"idle_minutes": "0", "audit_every": "0", "idle_cases": "5", "lease_minutes": "1.5"}, {})
     assert (config.idle_minutes, config.audit_every, config.idle_cases, config.lease_minutes) == (0, 0, 5, 1.5)
     assert (Config.parse({}, {}).idle_minutes, Config.parse({}, {}).audit_every) == (30, 5)
+
+
+def test_a_model_nobody_knows_is_refused_at_the_start_and_one_to_be_installed_is_not(home: Path) -> None:
+    store = ModelStore()
+    check_models(Config.parse({"models": "starter,liver-lesion-ct"}), store)
+    with pytest.raises(CatalogueError, match="No model is called 'startr'. Did you mean starter"):
+        check_models(Config.parse({"models": "starter,startr"}), store)

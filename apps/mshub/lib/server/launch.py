@@ -39,7 +39,9 @@ def main() -> None:
     arguments = Main().args_parser().parse_args()
     try:
         config = Config.parse(dict(arguments.conf or []))
-        check_exposure(arguments.host, ModelStore().home, has_sign_on=config.oidc is not None)
+        store = ModelStore(config.home)
+        check_exposure(arguments.host, store.home, has_sign_on=config.oidc is not None)
+        check_models(config, store)
         lock = hold(arguments.studies)
     except MSHubError as error:
         sys.exit(f"mshub: {error}")
@@ -53,6 +55,20 @@ def main() -> None:
         background.end_all()
         if lock is not None:
             lock.release()
+
+
+def check_models(config: Config, store: ModelStore) -> None:
+    """Refuse to serve a model of which nobody knows; one that is only not installed yet can be while the server runs.
+
+    Raises
+    ------
+    CatalogueError
+        `models` names it; the message names similar ids.
+    """
+    catalogue = store.catalogue()
+    for model in config.models:
+        if not store.versions(model):
+            catalogue.get(model)
 
 
 def leave(code: int) -> NoReturn:
