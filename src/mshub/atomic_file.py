@@ -9,7 +9,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 from uuid import uuid4
@@ -65,8 +65,29 @@ def remove_unfinished(folders: Iterable[Path], unused_s: float) -> int:
 
 
 def for_the_owner(path: str, flags: int) -> int:
-    """Open a file that only its owner can read: an ``opener`` of `open`."""
-    return os.open(path, flags, 0o600)
+    """Open a file that only its owner can read: an ``opener`` of `open`.
+
+    One that root makes in another account's folder becomes that account's, whose server could not read it.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        if flags & os.O_EXCL:
+            raise
+        return os.open(path, flags, 0o600)
+    owner = other_owner(Path(path).parent)
+    if owner is not None:
+        with suppress(OSError):  # a root of few rights
+            os.fchown(descriptor, *owner)
+    return descriptor
+
+
+def other_owner(folder: Path) -> tuple[int, int] | None:
+    """Return the user and group whose a folder is, where root is at work in it and it is not root's own."""
+    if os.name != "posix" or os.geteuid() != 0:
+        return None
+    found = folder.stat()
+    return (found.st_uid, found.st_gid) if found.st_uid != 0 else None
 
 
 def replace_text(path: Path, text: str, *, private: bool = False) -> None:

@@ -28,6 +28,7 @@ from mshub.console import (
     print_json,
     readable,
     tile_progress,
+    warn_root,
 )
 from mshub.errors import ConfigError, MSHubError, TrainingError
 from mshub.serve_cli import serve
@@ -41,6 +42,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+CHANGING = ("add", "fetch", "promote", "rollback", "finetune", "users")
+"""Commands that leave files a server uses."""
 # What a version's record says of it, beside the card.
 _RECORDED = [
     "channels",
@@ -78,6 +81,7 @@ def main() -> None:
 
 @app.callback(invoke_without_command=True)
 def _options(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
     verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, help="Log more, to stderr.")] = 0,
 ) -> None:
@@ -86,6 +90,8 @@ def _options(
     if version:
         out.print(f"mshub {mshub.__version__}")
         raise typer.Exit
+    if context.invoked_subcommand in CHANGING:
+        warn_root(ModelStore().home)
 
 
 # -- the catalogue and the store --------------------------------------------------------------------------------------

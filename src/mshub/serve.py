@@ -12,6 +12,7 @@ import ssl
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from mshub.bundled import app_folder
@@ -195,10 +196,19 @@ def server_environment(home: Path) -> dict[str, str]:
         "MONAI_LABEL_DICOMWEB_SEARCH_FILTER": '{"Modality":"CT,MR"}',
         # The C library's own choice, eight heaps for each core, keeps what a thread gave back from all others.
         "MALLOC_ARENA_MAX": "2",
+        **_cache_folders(home),
         **os.environ,
         "MSHUB_HOME": str(home),
         "PYTHONPATH": os.pathsep.join(path),
     }
+
+
+def _cache_folders(home: Path) -> dict[str, str]:
+    """Return where libraries keep what they compile, for an account without a folder of its own, as services have."""
+    with suppress(RuntimeError):  # an account nobody knows
+        if os.access(Path.home(), os.W_OK):
+            return {}
+    return {"NUMBA_CACHE_DIR": str(home / "cache" / "numba"), "MPLCONFIGDIR": str(home / "cache" / "matplotlib")}
 
 
 def run_server(command: Sequence[str], environment: Mapping[str, str]) -> int:

@@ -167,6 +167,11 @@ class UserFile:
             for name, facts in users.items():
                 self._user(name, facts), ROLES.index(facts["role"]), facts["password"].encode()
                 [self._token(name, facts, number) for number in facts["tokens"]]
+        except OSError as error:
+            raise AccessError(
+                f"{self._path.name} in {self._path.parent.name}/ cannot be read ({error.strerror}). Nobody can log in. "
+                "Expected a file that belongs to the account the server runs as."
+            ) from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise AccessError(
                 f"{self._path.name} in {self._path.parent.name}/ is damaged ({type(error).__name__}: {error}). Nobody "

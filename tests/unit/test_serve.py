@@ -168,6 +168,22 @@ def test_the_operators_own_settings_win_except_for_the_home(tmp_path: Path, monk
     assert environment["MSHUB_HOME"] == str(tmp_path)
 
 
+def test_an_account_without_a_folder_of_its_own_has_one_for_what_is_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert "NUMBA_CACHE_DIR" not in server_environment(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "nonexistent"))
+    environment = server_environment(tmp_path)
+    assert all(Path(environment[name]).is_relative_to(tmp_path) for name in ("NUMBA_CACHE_DIR", "MPLCONFIGDIR"))
+
+
+def test_the_app_has_the_folders_that_monailabel_would_make() -> None:
+    """An account that may not write to the program, as a service should be, could not."""
+    assert all((app_folder() / name).is_dir() for name in ("model", "lib", "logs", "bin"))
+
+
 @pytest.mark.parametrize("before", [None, "/a/b"])
 def test_the_app_is_on_the_import_path_of_the_server_and_its_children(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str | None

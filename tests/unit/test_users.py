@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import stat
 from concurrent.futures import ThreadPoolExecutor
@@ -172,6 +173,19 @@ def test_a_damaged_file_lets_nobody_in_and_is_not_overwritten(tmp_path: Path, te
         with pytest.raises(AccessError, match="damaged"):
             use()
     assert path.read_text() == text
+
+
+def test_a_file_of_another_account_lets_nobody_in_and_says_whose_it_has_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, **_: object) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    users = UserFile(tmp_path / "users.json")
+    users.add("ada", PASSWORD, "admin")
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(AccessError, match=r"cannot be read \(Permission denied\).* account the server runs as"):
+        users.with_password("ada", PASSWORD)
 
 
 # -- logins -----------------------------------------------------------------------------------------------------------

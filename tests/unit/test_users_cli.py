@@ -124,3 +124,12 @@ def test_whatever_is_changed_stands_in_the_audit_log_and_what_is_refused_does_no
         {"action": "mshub users remove", "whom": "grace"},
     ]
     assert not [secret for secret in (token, PASSWORD, "another password", "nightly export") if secret in text]
+
+
+def test_root_is_warned_in_another_accounts_home(run: Run, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home.mkdir()
+    monkeypatch.setattr("mshub.console.other_owner", lambda folder: (1234, 1234))
+    _, shown, err = run("list")
+    assert f"{home} belongs to another account" in err
+    assert f"sudo -u '#1234' env MSHUB_HOME={home}" in err
+    assert "belongs" not in shown

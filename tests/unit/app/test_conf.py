@@ -96,5 +96,5 @@ def test_active_learning_can_be_switched_off_and_on() -> None:
 def test_a_model_nobody_knows_is_refused_at_the_start_and_one_to_be_installed_is_not(home: Path) -> None:
     store = ModelStore()
     check_models(Config.parse({"models": "starter,liver-lesion-ct"}), store)
-    with pytest.raises(CatalogueError, match="No model is called 'startr'. Did you mean starter"):
+    with pytest.raises(CatalogueError, match=r"called 'startr'\. Did you mean 'starter'\?"):
         check_models(Config.parse({"models": "starter,startr"}), store)
