@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from uuid import uuid4
 
+from filelock import FileLock
+
 _PART = re.compile(r"\.[0-9a-f]{32}\.part")
 
 
@@ -80,6 +82,13 @@ def for_the_owner(path: str, flags: int) -> int:
         with suppress(OSError):  # a root of few rights
             os.fchown(descriptor, *owner)
     return descriptor
+
+
+def lock_file(path: Path) -> FileLock:
+    """Return a lock between processes; its file stays, and is of the account that the others are of."""
+    if not path.exists():
+        os.close(for_the_owner(str(path), os.O_RDWR))
+    return FileLock(path)
 
 
 def other_owner(folder: Path) -> tuple[int, int] | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.logging import RichHandler
@@ -75,8 +75,17 @@ def main() -> None:
     try:
         app()
     except MSHubError as error:
-        err.print(f"[bold red]mshub:[/] {escape(str(error))}", soft_wrap=True)
-        sys.exit(1)
+        _end(str(error))
+    except PermissionError as error:
+        _end(
+            f"{error.filename} cannot be used ({error.strerror}). Expected what this account may read and change: run "
+            "this as the account that the server runs as, or give that file to it."
+        )
+
+
+def _end(reason: str) -> NoReturn:
+    err.print(f"[bold red]mshub:[/] {escape(reason)}", soft_wrap=True)
+    sys.exit(1)
 
 
 @app.callback(invoke_without_command=True)

@@ -28,10 +28,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from platformdirs import user_data_path
 
-from mshub.atomic_file import replace_json, replace_text
+from mshub.atomic_file import lock_file, replace_json, replace_text
 from mshub.card_tables import Channel
 from mshub.catalogue import Catalogue, ModelCard, dump_card, parse_card
 from mshub.checksums import tree_sha256
@@ -311,7 +311,7 @@ class ModelStore:
     def _locked(self, model_id: str) -> Iterator[Path]:
         folder = writable_folder(self._models / model_id)
         try:
-            held = FileLock(folder / ".lock").acquire(timeout=LOCK_TIMEOUT_S)
+            held = lock_file(folder / ".lock").acquire(timeout=LOCK_TIMEOUT_S)
         except Timeout as error:
             raise StoreError(
                 f"Another process has been changing {model_id} for {LOCK_TIMEOUT_S:g} s. Wait until it is done and try "

@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import bcrypt
-from filelock import FileLock
 
-from mshub.atomic_file import replace_json
+from mshub.atomic_file import lock_file, replace_json
 from mshub.errors import AccessError
 
 ROLES = ("viewer", "annotator", "admin")
@@ -257,7 +256,7 @@ class UserFile:
     def _changed(self) -> Iterator[dict[str, Any]]:
         """Yield name -> facts to be changed, and write them if the block succeeds; one process at a time."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(self._path.with_name(f".{self._path.name}.lock")):
+        with lock_file(self._path.with_name(f".{self._path.name}.lock")):
             users = json.loads(json.dumps(self._content()))
             yield users
             replace_json(self._path, {"users": users}, private=True)

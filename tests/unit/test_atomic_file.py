@@ -15,6 +15,7 @@ import pytest
 
 from mshub.atomic_file import (
     for_the_owner,
+    lock_file,
     other_owner,
     remove_unfinished,
     replace_by_copy,
@@ -223,6 +224,9 @@ def test_a_private_file_that_root_makes_is_its_folders_owners(of_another: Path) 
         assert (made.st_uid, made.st_gid, stat.S_IMODE(made.st_mode)) == (owner.st_uid, owner.st_gid, 0o600)
     with open(of_another / "new.jsonl", "a", opener=for_the_owner):
         assert (of_another / "new.jsonl").stat().st_uid == owner.st_uid
+    for _ in range(2):
+        with lock_file(of_another / ".lock"):
+            assert (of_another / ".lock").stat().st_uid == owner.st_uid
 
 
 def test_what_a_link_leads_to_stays_its_owners(

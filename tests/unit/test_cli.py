@@ -623,6 +623,16 @@ def test_square_brackets_in_a_message_are_printed_as_they_are(run: Run, monkeypa
     assert run("rollback", "tiny").err == "mshub: found [bold]3[/] files in [x]\n"
 
 
+def test_files_of_another_account_are_a_sentence(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", "/srv/mshub/models/tiny/.lock")
+
+    monkeypatch.setattr(ModelStore, "rollback", refuse)
+    result = run("rollback", "tiny")
+    assert result.code == 1
+    assert result.err.startswith("mshub: /srv/mshub/models/tiny/.lock cannot be used (Permission denied). Expected")
+
+
 # -- serving ------------------------------------------------------------------------------------------------------
 
 
