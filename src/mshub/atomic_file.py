@@ -77,11 +77,30 @@ def for_the_owner(path: str, flags: int) -> int:
         if flags & os.O_EXCL:
             raise
         return os.open(path, flags, 0o600)
-    owner = other_owner(Path(path).parent)
+    _give(descriptor, Path(path).parent)
+    return descriptor
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those around it that are missing; what root makes is of the account around it, as above."""
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    if other_owner(path.parent) is not None:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            _give(descriptor, path.parent)
+        finally:
+            os.close(descriptor)
+
+
+def _give(descriptor: int, folder: Path) -> None:
+    """Give what was made just now to the account whose `folder` it is in, if that is another one."""
+    owner = other_owner(folder)
     if owner is not None:
         with suppress(OSError):  # a root of few rights
             os.fchown(descriptor, *owner)
-    return descriptor
 
 
 def lock_file(path: Path) -> FileLock:

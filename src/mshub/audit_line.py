@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from mshub.atomic_file import for_the_owner
+from mshub.atomic_file import for_the_owner, make_folder
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def tell(home: Path, action: str, **facts: Any) -> None:
     """
     path = audit_file(home)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with open(path, "a", encoding="utf-8", opener=for_the_owner) as file:
             file.write(audit_line(account=_account(), action=action, **facts) + "\n")
     except OSError as error:

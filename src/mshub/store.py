@@ -31,7 +31,7 @@ from typing import Any
 from filelock import Timeout
 from platformdirs import user_data_path
 
-from mshub.atomic_file import lock_file, replace_json, replace_text
+from mshub.atomic_file import lock_file, make_folder, replace_json, replace_text
 from mshub.card_tables import Channel
 from mshub.catalogue import Catalogue, ModelCard, dump_card, parse_card
 from mshub.checksums import tree_sha256
@@ -358,7 +358,7 @@ def writable_folder(path: Path) -> Path:
         It cannot be written.
     """
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
         if not os.access(path, os.W_OK):
             raise PermissionError("no permission to write")
     except OSError as error:

@@ -16,6 +16,7 @@ import pytest
 from mshub.atomic_file import (
     for_the_owner,
     lock_file,
+    make_folder,
     other_owner,
     remove_unfinished,
     replace_by_copy,
@@ -227,6 +228,16 @@ def test_a_private_file_that_root_makes_is_its_folders_owners(of_another: Path) 
     for _ in range(2):
         with lock_file(of_another / ".lock"):
             assert (of_another / ".lock").stat().st_uid == owner.st_uid
+
+
+def test_a_folder_that_root_makes_is_the_account_around_its(of_another: Path) -> None:
+    owner = of_another.stat()
+    for _ in range(2):
+        make_folder(of_another / "models" / "tiny")
+    for made in (of_another / "models", of_another / "models" / "tiny"):
+        assert (made.stat().st_uid, made.stat().st_gid) == (owner.st_uid, owner.st_gid)
+    with pytest.raises(FileExistsError):
+        make_folder(of_another / "file.json")
 
 
 def test_what_a_link_leads_to_stays_its_owners(
