@@ -38,6 +38,16 @@ def replacing(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
         raise
 
 
+@contextmanager
+def removed_on_failure(path: Path) -> Iterator[None]:
+    """Remove a file that nobody will get if what is done with it in the block fails."""
+    try:
+        yield
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
 def sync_folder(folder: Path) -> None:
     """Bring a renaming onto the disk: without it a power cut can undo what was acknowledged."""
     if os.name != "posix":

@@ -12,7 +12,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -41,6 +40,7 @@ from lib.pacs_client import PacsClient
 from lib.sessions import UploadSessions
 from lib.trainers import NNUNetTrainTask, Trainings, studies_of
 from lib.warm_up import WarmUp
+from mshub.atomic_file import removed_on_failure
 from mshub.errors import MSHubError
 from mshub.jobs import STOP_GRACE_S, Jobs
 from mshub.label_export import FORMATS
@@ -300,7 +300,7 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         task = self._task(request.get("model"))
         request = {**copy.deepcopy(request), **self._case(request, datastore)}
         path, params = task({**request, "check": check} if check else request)
-        with _removed_on_failure(Path(path)):
+        with removed_on_failure(Path(path)):
             label = path
             if request["image_id"]:
                 client = str(request.get("client_id") or "") if check is None else None
@@ -494,16 +494,6 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         if not isinstance(model, str) or model not in self._trainers:
             self._refuse_model(model)
         return self._trainers[model]
-
-
-@contextmanager
-def _removed_on_failure(file: Path) -> Iterator[None]:
-    """Remove a file that nobody will get, as what is done with it in the block failed."""
-    try:
-        yield
-    except BaseException:
-        file.unlink(missing_ok=True)
-        raise
 
 
 def _full(studies: str) -> str:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from mshub.atomic_file import removed_on_failure
 from mshub.errors import MSHubError
 
 logger = logging.getLogger(__name__)
@@ -60,22 +61,18 @@ def write_archive(
     objects, left_out = dict[str, Mapping[str, Any]](), dict[str, str]()
     with tempfile.NamedTemporaryFile(suffix=".zip", delete=False) as file:
         path = Path(file.name)
-        try:
-            with zipfile.ZipFile(file, "w") as archive:
-                for image in images:
-                    if len(objects) >= most > 0:
-                        break
-                    try:
-                        with opened(image) as found:
-                            _add(archive, found.files)
-                            objects[image] = found.facts
-                    except MSHubError as error:
-                        left_out[image] = str(error)
-                metadata = {**head, "objects": objects, "left_out": left_out}
-                archive.writestr("metadata.json", json.dumps(metadata, ensure_ascii=False, default=str))
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise
+        with removed_on_failure(path), zipfile.ZipFile(file, "w") as archive:
+            for image in images:
+                if len(objects) >= most > 0:
+                    break
+                try:
+                    with opened(image) as found:
+                        _add(archive, found.files)
+                        objects[image] = found.facts
+                except MSHubError as error:
+                    left_out[image] = str(error)
+            metadata = {**head, "objects": objects, "left_out": left_out}
+            archive.writestr("metadata.json", json.dumps(metadata, ensure_ascii=False, default=str))
     if not objects:
         path.unlink()
     if left_out:

@@ -13,6 +13,7 @@ from lib.datastore import StudiesFolder
 from lib.faults import as_http_errors, not_found
 from lib.pacs import PacsStudies
 from lib.pacs_labels import PRELABEL, label_facts
+from mshub.atomic_file import removed_on_failure
 from mshub.corrections import read_correction
 from mshub.dicom_derived import Facts
 from mshub.geometry import Array
@@ -104,9 +105,6 @@ def _names(path: Path, info: Mapping[str, Any], tag: str, datastore: StudiesFold
 def _written(ending: str, write: Callable[[Path], Any]) -> Path:
     with tempfile.NamedTemporaryFile(prefix="mshub-export-", suffix=ending, delete=False) as file:
         path = Path(file.name)
-    try:
+    with removed_on_failure(path):
         write(path)
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
     return path

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+from fastapi.testclient import TestClient
+from monailabel.config import settings
+from monailabel.interfaces.utils.app import apps
 
 from factories import make_image, odd_grids
 from lib.app import MSHubApp
@@ -36,6 +40,35 @@ def clinic(installed: ModelStore, fake_worker: None, tmp_path: Path) -> MSHubApp
     for number, name in enumerate(("a", "b", "mr_0000", "mr_0001")):
         make_image(tmp_path / "studies" / f"{name}.nii.gz", TRAINED_SHAPE, affine, seed=number)
     return MSHubApp(str(tmp_path / "app"), str(tmp_path / "studies"), {"device": "cpu"})
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Callable[[object], TestClient]:
+    """Let the server's routes, ours and MONAI Label's, answer for an app; returns a client at this machine."""
+
+    def serve(app: object) -> TestClient:
+        from lib.server import asgi
+
+        monkeypatch.setitem(apps, f"{settings.MONAI_LABEL_APP_DIR}{settings.MONAI_LABEL_STUDIES}", app)
+        here = ("127.0.0.1", 50000)
+        return TestClient(asgi.app, "http://127.0.0.1:8000", raise_server_exceptions=False, client=here)
+
+    return serve
+
+
+@pytest.fixture
+def server(clinic: MSHubApp, serve: Callable[[object], TestClient]) -> TestClient:
+    """A client of the server of `clinic`."""
+    return serve(clinic)
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of temporary files of its own."""
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
 
 
 @pytest.fixture

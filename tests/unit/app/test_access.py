@@ -9,7 +9,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -171,7 +171,7 @@ def test_only_an_admin_deletes_and_trains(path: str) -> None:
 
 
 @pytest.fixture
-def server(home: Path, monkeypatch: pytest.MonkeyPatch) -> FastAPI:
+def server(home: Path, serve: Callable[[object], TestClient], monkeypatch: pytest.MonkeyPatch) -> FastAPI:
     """The server's own app, as it is assembled, but for its routes: each says only that it was reached."""
 
     async def reached(route: Any, scope: Scope, receive: Receive, send: Send) -> None:
@@ -180,7 +180,7 @@ def server(home: Path, monkeypatch: pytest.MonkeyPatch) -> FastAPI:
     for kind in (APIRoute, Route, Mount):
         monkeypatch.setattr(kind, "handle", reached)
     app = SimpleNamespace(store=SimpleNamespace(home=home), config=Config(home))
-    monkeypatch.setattr(asgi, "app_instance", lambda: app)
+    serve(app)
     return asgi.app
 
 

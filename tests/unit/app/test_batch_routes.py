@@ -7,9 +7,6 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from lib.app import MSHubApp
-from lib.server import asgi
-
 ODD = {
     "bundle_path": "/tmp/somewhere",
     "model": "another",
@@ -19,14 +16,6 @@ ODD = {
     "network": "x.pt",
     "series": {"CT": "1.2.3"},
 }
-
-
-@pytest.fixture
-def server(clinic: MSHubApp, monkeypatch: pytest.MonkeyPatch) -> TestClient:
-    for module in ("lib.server.asgi", "monailabel.endpoints.scoring", "monailabel.utils.async_tasks.task"):
-        monkeypatch.setattr(f"{module}.app_instance", lambda: clinic)
-    here = ("127.0.0.1", 50000)
-    return TestClient(asgi.app, "http://127.0.0.1:8000", raise_server_exceptions=False, client=here)
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import io
 import json
 import os
 import re
-import tempfile
 import threading
 import zipfile
 from collections.abc import Callable
@@ -31,12 +30,8 @@ JSON = {"content-type": "application/json"}
 
 
 @pytest.fixture
-def server(clinic: MSHubApp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TestClient:
-    for module in ("lib.server.asgi", "monailabel.endpoints.datastore", "monailabel.endpoints.scoring"):
-        monkeypatch.setattr(f"{module}.app_instance", lambda: clinic)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    (tmp_path / "tmp").mkdir()
-    return TestClient(asgi.app, "http://127.0.0.1:8000", raise_server_exceptions=False, client=("127.0.0.1", 50000))
+def server(clinic: MSHubApp, serve: Callable[[object], TestClient], temporary: Path) -> TestClient:
+    return serve(clinic)
 
 
 def refused(answer: httpx.Response, status: int = 400, code: str = "bad-request") -> str:

@@ -58,13 +58,8 @@ def test_a_file_goes_when_its_client_does(file: Path) -> None:
 
 
 @pytest.fixture
-def server(clinic: MSHubApp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TestClient:
-    for module in ("lib.server.asgi", "monailabel.endpoints.infer", "monailabel.endpoints.datastore"):
-        monkeypatch.setattr(f"{module}.app_instance", lambda: clinic)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    (tmp_path / "tmp").mkdir()
-    here = ("127.0.0.1", 50000)
-    return TestClient(asgi.app, "http://127.0.0.1:8000", raise_server_exceptions=False, client=here)
+def server(clinic: MSHubApp, serve: Callable[[object], TestClient], temporary: Path) -> TestClient:
+    return serve(clinic)
 
 
 def left(tmp_path: Path) -> list[Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,18 +14,14 @@ from fastapi.testclient import TestClient
 
 from factories import make_image
 from lib.app import MSHubApp
-from lib.server import asgi
 
 
 @pytest.fixture
-def server(clinic: MSHubApp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TestClient:
-    monkeypatch.setattr(asgi, "app_instance", lambda: clinic)
+def server(
+    clinic: MSHubApp, serve: Callable[[object], TestClient], temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> TestClient:
     monkeypatch.setattr(clinic, "_sessions", clinic._load_sessions(load=True))
-    monkeypatch.setattr("monailabel.endpoints.datastore.app_instance", lambda: clinic)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    (tmp_path / "tmp").mkdir()
-    here = ("127.0.0.1", 50000)
-    return TestClient(asgi.app, "http://127.0.0.1:8000", raise_server_exceptions=False, client=here)
+    return serve(clinic)
 
 
 @pytest.fixture
@@ -117,10 +113,7 @@ def test_a_checksum_says_whether_it_is_this_image(server: TestClient, scan: byte
     assert server.head(f"/datastore/image?image=none&check_sum={right[0]}").status_code == 404
 
 
-def test_a_session_of_several_files_is_no_file(
-    server: TestClient, clinic: MSHubApp, scan: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("monailabel.endpoints.session.app_instance", lambda: clinic)
+def test_a_session_of_several_files_is_no_file(server: TestClient, scan: bytes) -> None:
     sent = [("files", (f"a_000{number}.nii.gz", scan)) for number in range(2)]
     one, two = (server.put("/session/", files=files).json()["session_id"] for files in (sent[:1], sent))
     assert server.get(f"/session/{one}?image=true").content == scan

@@ -21,6 +21,7 @@ from lib import audit
 from lib.activity import Activity, Run, check_client
 from lib.conf import Config
 from lib.faults import as_http_errors
+from mshub.atomic_file import removed_on_failure
 from mshub.catalogue import ModelCard
 from mshub.errors import CaseError, LabelError
 from mshub.geometry import Volume
@@ -194,11 +195,8 @@ class _Output:
             )
         with tempfile.NamedTemporaryFile(dir=results_folder(), suffix=self.extension, delete=False) as file:
             path = Path(file.name)
-        try:
+        with removed_on_failure(path):
             write_volume(path, array.astype(dtype, copy=False), labels.grid, compress=self.compress)
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise
         return path
 
 

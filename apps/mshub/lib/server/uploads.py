@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from fastapi import HTTPException, UploadFile
+from fastapi import BackgroundTasks, HTTPException, UploadFile
+from monailabel.interfaces.utils.app import app_instance
 from pydicom.misc import is_dicom
 
 from lib.faults import as_http_errors
@@ -107,3 +108,25 @@ def _refuse_others(files: Sequence[Path]) -> None:
             f"The upload holds {len(files)} file(s) that are no part of the image: {named}. Expected volumes only, or "
             "the DICOM files of one series: send it without the others.",
         )
+
+
+def remove_uploads(background_tasks: BackgroundTasks, but: str = "") -> None:
+    """Remove a request's files now: FastAPI forgets background tasks when an error is answered, or who asked hangs up.
+
+    Parameters
+    ----------
+    background_tasks : BackgroundTasks
+        Those that MONAI Label gave the request, each of which removes a file.
+    but : str
+        A file that is still needed.
+    """
+    for task in background_tasks.tasks:
+        if task.args != (but,):
+            task.func(*task.args, **task.kwargs)
+    background_tasks.tasks.clear()
+
+
+def session_exists(session_id: str) -> bool:
+    """Return whether there is an upload for a while of this id."""
+    sessions = app_instance().sessions()
+    return sessions is not None and session_id.replace("-", "").isalnum() and bool(sessions.get_session(session_id))
