@@ -9,12 +9,10 @@ import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 from uuid import uuid4
-
-from filelock import FileLock
 
 _PART = re.compile(r"\.[0-9a-f]{32}\.part")
 
@@ -77,55 +75,8 @@ def remove_unfinished(folders: Iterable[Path], unused_s: float) -> int:
 
 
 def for_the_owner(path: str, flags: int) -> int:
-    """Open a file that only its owner can read: an ``opener`` of `open`.
-
-    One that root makes in another account's folder becomes that account's, whose server could not read it.
-    """
-    try:
-        descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        if flags & os.O_EXCL:
-            raise
-        return os.open(path, flags, 0o600)
-    _give(descriptor, Path(path).parent)
-    return descriptor
-
-
-def make_folder(path: Path) -> None:
-    """Make a folder, and those around it that are missing; what root makes is of the account around it, as above."""
-    if path.is_dir():
-        return
-    make_folder(path.parent)
-    path.mkdir(exist_ok=True)
-    if other_owner(path.parent) is not None:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        try:
-            _give(descriptor, path.parent)
-        finally:
-            os.close(descriptor)
-
-
-def _give(descriptor: int, folder: Path) -> None:
-    """Give what was made just now to the account whose `folder` it is in, if that is another one."""
-    owner = other_owner(folder)
-    if owner is not None:
-        with suppress(OSError):  # a root of few rights
-            os.fchown(descriptor, *owner)
-
-
-def lock_file(path: Path) -> FileLock:
-    """Return a lock between processes; its file stays, and is of the account that the others are of."""
-    if not path.exists():
-        os.close(for_the_owner(str(path), os.O_RDWR))
-    return FileLock(path)
-
-
-def other_owner(folder: Path) -> tuple[int, int] | None:
-    """Return the user and group whose a folder is, where root is at work in it and it is not root's own."""
-    if os.name != "posix" or os.geteuid() != 0:
-        return None
-    found = folder.stat()
-    return (found.st_uid, found.st_gid) if found.st_uid != 0 else None
+    """Open a file that only its owner can read: an ``opener`` of `open`."""
+    return os.open(path, flags, 0o600)
 
 
 def replace_text(path: Path, text: str, *, private: bool = False) -> None:

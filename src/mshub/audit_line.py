@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 import logging
 import os
@@ -10,7 +9,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from mshub.atomic_file import for_the_owner, make_folder
+from mshub.accounts import account
+from mshub.atomic_file import for_the_owner
 
 logger = logging.getLogger(__name__)
 
@@ -26,23 +26,24 @@ def audit_line(**facts: Any) -> str:
 
 
 def tell(home: Path, action: str, **facts: Any) -> None:
-    """Add a line about what somebody did at the machine, who is no user of the server but an `account` of the machine.
+    """Add a line about what the machine did by itself: the gate lets a version serve.
 
     A server that runs goes on writing to the same file. That the line cannot be written is logged, and what was done
     stays done, as with requests.
     """
     path = audit_file(home)
     try:
-        make_folder(path.parent)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8", opener=for_the_owner) as file:
-            file.write(audit_line(account=_account(), action=action, **facts) + "\n")
+            file.write(audit_line(action=action, **facts) + "\n")
     except OSError as error:
         logger.error("the audit log cannot be written: %s", error)
 
 
-def _account() -> str:
-    """Return who is at work, also behind ``sudo``; a number where the machine has no name for it."""
-    try:
-        return os.environ.get("SUDO_USER") or getpass.getuser()
-    except (KeyError, OSError, ImportError):
-        return str(os.getuid()) if hasattr(os, "getuid") else ""
+def tell_of_a_person(home: Path, action: str, **facts: Any) -> None:
+    """Add a line about what somebody did at the machine, who is no user of the server but an account of the machine.
+
+    Behind ``sudo`` it says who came by it, too (`sudo_user`).
+    """
+    person = os.environ.get("SUDO_USER")
+    tell(home, action, account=account(), **({"sudo_user": person} if person else {}), **facts)

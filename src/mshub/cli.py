@@ -16,7 +16,8 @@ from rich.markup import escape
 from rich.table import Table
 
 import mshub
-from mshub.audit_line import tell
+from mshub.accounts import account, become, owner_to_become
+from mshub.audit_line import tell_of_a_person
 from mshub.catalogue import ModelCard
 from mshub.console import (
     bytes_progress,
@@ -28,7 +29,6 @@ from mshub.console import (
     print_json,
     readable,
     tile_progress,
-    warn_root,
 )
 from mshub.errors import ConfigError, MSHubError, TrainingError
 from mshub.serve_cli import serve
@@ -78,8 +78,8 @@ def main() -> None:
         _end(str(error))
     except PermissionError as error:
         _end(
-            f"{error.filename} cannot be used ({error.strerror}). Expected what this account may read and change: run "
-            "this as the account that the server runs as, or give that file to it."
+            f"{error.filename or 'A file'} cannot be used ({error.strerror}): {account() or 'this account'} may not. "
+            "MSHUB_HOME and all in it have to be of the account that the server runs as."
         )
 
 
@@ -100,7 +100,22 @@ def _options(
         out.print(f"mshub {mshub.__version__}")
         raise typer.Exit
     if context.invoked_subcommand in CHANGING:
-        warn_root(ModelStore().home)
+        _act_as_owner(ModelStore().home)
+
+
+def _act_as_owner(home: Path) -> None:
+    """Go on as the account whose server's state `home` is, where root is at work: that server could not use root's."""
+    owner = owner_to_become(home)
+    if owner is None:
+        return
+    if become(*owner):
+        err.print(f"[dim]as {escape(owner[2])}, whose {escape(str(home))} is[/]", soft_wrap=True)
+    else:
+        err.print(
+            f"[yellow]{escape(str(home))} is {escape(owner[2])}'s, whose server may be unable to use what is made now: "
+            "run this as that account.[/]",
+            soft_wrap=True,
+        )
 
 
 # -- the catalogue and the store --------------------------------------------------------------------------------------
@@ -191,7 +206,7 @@ def add(
         licence=licence,
         trust=trust,
     )
-    tell(store.home, "mshub add", model=model_id, version=version.version, trust=trust)
+    tell_of_a_person(store.home, "mshub add", model=model_id, version=version.version, trust=trust)
     _report_installed(version, engine)
 
 
@@ -208,7 +223,7 @@ def fetch(model_id: ModelId, engine: EngineName = "auto") -> None:
             model_id,
             lambda done, total: progress.update(task, completed=done, total=total, visible=True),
         )
-    tell(store.home, "mshub fetch", model=model_id, version=version.version)
+    tell_of_a_person(store.home, "mshub fetch", model=model_id, version=version.version)
     _report_installed(version, engine)
 
 
@@ -289,7 +304,7 @@ def promote(
     """Make a version the current one; a running server switches with its next request."""
     store = ModelStore()
     chosen = store.promote(model_id, version, reason)
-    tell(store.home, "mshub promote", model=model_id, version=chosen.version)
+    tell_of_a_person(store.home, "mshub promote", model=model_id, version=chosen.version)
     out.print(f"{model_id} now serves {chosen.version}.")
 
 
@@ -298,7 +313,7 @@ def rollback(model_id: ModelId) -> None:
     """Go back to the version that served before the last promotion."""
     store = ModelStore()
     chosen = store.rollback(model_id)
-    tell(store.home, "mshub rollback", model=model_id, version=chosen.version)
+    tell_of_a_person(store.home, "mshub rollback", model=model_id, version=chosen.version)
     out.print(f"{model_id} now serves {chosen.version} again.")
 
 
@@ -495,6 +510,7 @@ def finetune(
         + f". Log: {escape(near(job.path / 'log.txt'))}",
         soft_wrap=True,
     )
+    tell_of_a_person(store.home, "mshub finetune", model=model_id, job=job.id)
     job.spawn()
     _report_round(store, model_id, _follow(job))
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -24,7 +23,6 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from mshub.atomic_file import other_owner
 from mshub.errors import ConfigError
 
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
@@ -89,17 +87,6 @@ def this_command() -> str:
     else:
         command = "mshub" if shutil.which("mshub") == str(program) else shlex.quote(near(program))
     return f"MSHUB_HOME={shlex.quote(near(Path(home)))} {command}" if home else command
-
-
-def warn_root(home: Path) -> None:
-    """Warn root where `home` is another account's, whose server may be unable to use what root makes there."""
-    owner = other_owner(home) if home.is_dir() else None
-    if owner is not None:
-        err.print(
-            f"[yellow]{escape(near(home))} belongs to another account: run this as that one, or its server may be "
-            f"unable to change what is made now: sudo -u '#{owner[0]}' env {escape(this_command())} ...[/]",
-            soft_wrap=True,
-        )
 
 
 def near(path: Path) -> str:

@@ -43,8 +43,8 @@ def check_exposure(host: str, home: Path, *, has_sign_on: bool = False) -> None:
     """
     if not is_loopback(host) and not user_file(home) and not has_sign_on:
         raise AccessError(
-            f"--host {host} lets other machines reach this server, and it has no users: anybody could read the images "
-            "and change labels. Add a user first, `mshub users add NAME`, or leave --host out."
+            f"--host {host} lets other machines reach this server, and it has no users in {home}: anybody could read "
+            "the images and change labels. Add a user first, `mshub users add NAME`, or leave --host out."
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
@@ -11,7 +12,8 @@ from rich.markup import escape
 
 import mshub
 from mshub import serve as server
-from mshub.audit_line import tell
+from mshub.accounts import owner_to_become
+from mshub.audit_line import tell_of_a_person
 from mshub.console import key_values, near, out, this_command
 from mshub.errors import ConfigError
 from mshub.store import ModelStore
@@ -66,13 +68,22 @@ def serve(
     options = {**said, **key_values("--conf", conf or [], "device=cpu")}
     home = options.pop("home", "")
     store = ModelStore(Path(home).expanduser() if home else None)
+    if home:
+        os.environ["MSHUB_HOME"] = str(store.home)  # what is said of `mshub` goes for the same one
     server.check_exposure(host, store.home, has_sign_on=bool(options.get("oidc_issuer")))
     server.check_address(host, port)
+    owner = owner_to_become(store.home)
+    if owner is not None:
+        out.print(
+            f"[bold yellow]{escape(str(store.home))} is {escape(owner[2])}'s, and a server of root's would leave files "
+            "there that a server of that account cannot change: start it as one or the other.[/]",
+            soft_wrap=True,
+        )
     tls = _tls_files(tls_cert, tls_key)
     folder = _prepare_samples(store) if sample else _studies(str(studies))
     log_config = server.write_log_config(store.home, log_format)
     command = server.server_command(folder, host, port, options, log_config, tls)
-    tell(store.home, "mshub serve", version=mshub.__version__, host=host, port=port)
+    tell_of_a_person(store.home, "mshub serve", mshub=mshub.__version__, host=host, port=port)
     _announce(store, folder, host, port, "https" if tls else "http", options.get("oidc_issuer"))
     raise typer.Exit(server.run_server(command, server.server_environment(store.home)))
 
@@ -95,7 +106,8 @@ def _prepare_samples(store: ModelStore) -> str:
     if "starter" not in store.installed():
         from mshub.install import fetch_model
 
-        fetch_model(store, "starter")
+        installed = fetch_model(store, "starter")
+        tell_of_a_person(store.home, "mshub fetch", model="starter", version=installed.version)
     folder = store.home / SAMPLES
     copy_samples(folder)
     return str(folder)

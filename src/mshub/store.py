@@ -28,10 +28,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from filelock import Timeout
+from filelock import FileLock, Timeout
 from platformdirs import user_data_path
 
-from mshub.atomic_file import lock_file, make_folder, replace_json, replace_text
+from mshub.atomic_file import replace_json, replace_text
 from mshub.card_tables import Channel
 from mshub.catalogue import Catalogue, ModelCard, dump_card, parse_card
 from mshub.checksums import tree_sha256
@@ -121,6 +121,10 @@ class ModelStore:
     def installed(self) -> list[str]:
         """Return the ids of models that have a readable current version, sorted; others are named in the log."""
         return sorted(path.parent.name for path in self._models.glob("*/current") if self._is_readable(path.parent))
+
+    def is_known(self, model_id: str) -> bool:
+        """Return whether a model is here, in whatever state, or could be: by its card."""
+        return (self._models / model_id).is_dir() or model_id in self.catalogue()
 
     def versions(self, model_id: str) -> list[ModelVersion]:
         """Return all versions of a model, oldest first; none for a model that is not installed."""
@@ -311,7 +315,7 @@ class ModelStore:
     def _locked(self, model_id: str) -> Iterator[Path]:
         folder = writable_folder(self._models / model_id)
         try:
-            held = lock_file(folder / ".lock").acquire(timeout=LOCK_TIMEOUT_S)
+            held = FileLock(folder / ".lock").acquire(timeout=LOCK_TIMEOUT_S)
         except Timeout as error:
             raise StoreError(
                 f"Another process has been changing {model_id} for {LOCK_TIMEOUT_S:g} s. Wait until it is done and try "
@@ -358,7 +362,7 @@ def writable_folder(path: Path) -> Path:
         It cannot be written.
     """
     try:
-        make_folder(path)
+        path.mkdir(parents=True, exist_ok=True)
         if not os.access(path, os.W_OK):
             raise PermissionError("no permission to write")
     except OSError as error:

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import bcrypt
+from filelock import FileLock
 
-from mshub.atomic_file import lock_file, replace_json
+from mshub.atomic_file import replace_json
 from mshub.errors import AccessError
 
 ROLES = ("viewer", "annotator", "admin")
@@ -155,10 +156,21 @@ class UserFile:
                     "restart the server to have one without users."
                 ) from None
             return {}
+        except OSError as error:
+            raise self._unreadable(error) from error
         state = (found.st_ino, found.st_mtime_ns, found.st_size)
         if self._read[0] != state:
-            self._read = state, self._parsed()
+            try:
+                self._read = state, self._parsed()
+            except OSError as error:
+                raise self._unreadable(error) from error
         return self._read[1]
+
+    def _unreadable(self, error: OSError) -> AccessError:
+        return AccessError(
+            f"{self._path.name} in {self._path.parent.name}/ cannot be read ({error.strerror}). Nobody can log in. "
+            "Expected a file that belongs to the account the server runs as."
+        )
 
     def _parsed(self) -> dict[str, Any]:
         try:
@@ -166,11 +178,6 @@ class UserFile:
             for name, facts in users.items():
                 self._user(name, facts), ROLES.index(facts["role"]), facts["password"].encode()
                 [self._token(name, facts, number) for number in facts["tokens"]]
-        except OSError as error:
-            raise AccessError(
-                f"{self._path.name} in {self._path.parent.name}/ cannot be read ({error.strerror}). Nobody can log in. "
-                "Expected a file that belongs to the account the server runs as."
-            ) from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise AccessError(
                 f"{self._path.name} in {self._path.parent.name}/ is damaged ({type(error).__name__}: {error}). Nobody "
@@ -256,7 +263,7 @@ class UserFile:
     def _changed(self) -> Iterator[dict[str, Any]]:
         """Yield name -> facts to be changed, and write them if the block succeeds; one process at a time."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with lock_file(self._path.with_name(f".{self._path.name}.lock")):
+        with FileLock(self._path.with_name(f".{self._path.name}.lock")):
             users = json.loads(json.dumps(self._content()))
             yield users
             replace_json(self._path, {"users": users}, private=True)

@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from mshub.audit_line import tell
+from mshub.audit_line import tell_of_a_person
 from mshub.console import out
 from mshub.errors import AccessError
 from mshub.store import ModelStore
@@ -29,7 +29,7 @@ def _file() -> UserFile:
 
 def _tell(command: str, **facts: Any) -> None:
     """Add a line about what was done to the audit log."""
-    tell(ModelStore().home, f"mshub users {command}", **facts)
+    tell_of_a_person(ModelStore().home, f"mshub users {command}", **facts)
 
 
 @users_app.command("list")

@@ -13,17 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mshub.atomic_file import (
-    for_the_owner,
-    lock_file,
-    make_folder,
-    other_owner,
-    remove_unfinished,
-    replace_by_copy,
-    replace_json,
-    replace_text,
-    replacing,
-)
+from mshub.atomic_file import remove_unfinished, replace_by_copy, replace_json, replace_text, replacing
 
 FOLDER = -1
 OLD = "old\n"
@@ -203,67 +193,3 @@ def test_what_killed_writers_left_is_removed_once_it_is_old(tmp_path: Path) -> N
         os.utime(path, (time.time() - 100,) * 2)
     assert remove_unfinished([tmp_path, tmp_path / "nowhere"], 60) == 1
     assert names(tmp_path) == sorted([writing.name, other.name])
-
-
-# -- root at work in another account's folder --------------------------------------------------------------------------
-
-
-@pytest.fixture
-def of_another(path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that is another account's; who runs the tests counts as root, and may be."""
-    if os.geteuid() == 0:
-        os.chown(path.parent, 65534, 65534)
-    monkeypatch.setattr(os, "geteuid", lambda: 0)
-    return path.parent
-
-
-def test_a_private_file_that_root_makes_is_its_folders_owners(of_another: Path) -> None:
-    owner = of_another.stat()
-    for _ in range(2):
-        replace_text(of_another / "file.json", "new", private=True)
-        made = (of_another / "file.json").stat()
-        assert (made.st_uid, made.st_gid, stat.S_IMODE(made.st_mode)) == (owner.st_uid, owner.st_gid, 0o600)
-    with open(of_another / "new.jsonl", "a", opener=for_the_owner):
-        assert (of_another / "new.jsonl").stat().st_uid == owner.st_uid
-    for _ in range(2):
-        with lock_file(of_another / ".lock"):
-            assert (of_another / ".lock").stat().st_uid == owner.st_uid
-
-
-def test_a_folder_that_root_makes_is_the_account_around_its(of_another: Path) -> None:
-    owner = of_another.stat()
-    for _ in range(2):
-        make_folder(of_another / "models" / "tiny")
-    for made in (of_another / "models", of_another / "models" / "tiny"):
-        assert (made.stat().st_uid, made.stat().st_gid) == (owner.st_uid, owner.st_gid)
-    with pytest.raises(FileExistsError):
-        make_folder(of_another / "file.json")
-
-
-def test_what_a_link_leads_to_stays_its_owners(
-    of_another: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given: list[int] = []
-    monkeypatch.setattr(os, "fchown", lambda *all: given.append(1))
-    (tmp_path / "shadow").touch()
-    (of_another / "log.jsonl").symlink_to(tmp_path / "shadow")
-    with open(of_another / "log.jsonl", "a", opener=for_the_owner) as stream:
-        stream.write("a line\n")
-    assert not given
-    assert (tmp_path / "shadow").read_text() == "a line\n"
-
-
-def test_a_root_that_may_give_nothing_away_writes_all_the_same(
-    of_another: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object) -> None:
-        raise PermissionError("Operation not permitted")
-
-    monkeypatch.setattr(os, "fchown", refuse)
-    replace_text(of_another / "file.json", "new", private=True)
-    assert (of_another / "file.json").read_text() == "new"
-
-
-def test_everybody_elses_folders_are_nobodys_concern(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    assert other_owner(path.parent) is None

@@ -630,7 +630,7 @@ def test_files_of_another_account_are_a_sentence(run: Run, monkeypatch: pytest.M
     monkeypatch.setattr(ModelStore, "rollback", refuse)
     result = run("rollback", "tiny")
     assert result.code == 1
-    assert result.err.startswith("mshub: /srv/mshub/models/tiny/.lock cannot be used (Permission denied). Expected")
+    assert result.err.startswith("mshub: /srv/mshub/models/tiny/.lock cannot be used (Permission denied): ")
 
 
 # -- serving ------------------------------------------------------------------------------------------------------

@@ -16,7 +16,17 @@ LIBRARY, APP = ROOT / "src" / "mshub", ROOT / "apps" / "mshub"
 
 # Lowest first; a module may import those before it. Modules of one package count as one where only it is listed.
 LIBRARY_LAYERS = (
-    *("errors", "atomic_file", "audit_line", "label_rules", "dataset_json", "labels", "card_tables", "structures"),
+    *(
+        "errors",
+        "atomic_file",
+        "accounts",
+        "audit_line",
+        "label_rules",
+        "dataset_json",
+        "labels",
+        "card_tables",
+        "structures",
+    ),
     *("model_card", "card_draft"),
     *("catalogue", "checksums", "sources", "model_layouts", "archive", "downloads", "http_file", "drive"),
     *("fetch", "store", "users", "logins", "throttle", "log_lines"),

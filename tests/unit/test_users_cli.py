@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import getpass
 import io
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mshub import users as module
+from mshub.accounts import account
 from mshub.audit_line import audit_file
 from mshub.cli import main
 from mshub.users import user_file
@@ -113,8 +112,10 @@ def test_whatever_is_changed_stands_in_the_audit_log_and_what_is_refused_does_no
     run("list")
     text = audit_file(home).read_text()
     lines = [json.loads(line) for line in text.splitlines()]
-    assert {line["account"] for line in lines} == {os.environ.get("SUDO_USER") or getpass.getuser()}
-    assert [{key: told for key, told in line.items() if key not in ("time", "account")} for line in lines] == [
+    assert {line["account"] for line in lines} == {account()}
+    assert [
+        {key: told for key, told in line.items() if key not in ("time", "account", "sudo_user")} for line in lines
+    ] == [
         {"action": "mshub users add", "whom": "ada", "role": "admin"},
         {"action": "mshub users add", "whom": "grace", "role": "annotator"},
         {"action": "mshub users role", "whom": "grace", "role": "viewer"},
@@ -126,10 +127,15 @@ def test_whatever_is_changed_stands_in_the_audit_log_and_what_is_refused_does_no
     assert not [secret for secret in (token, PASSWORD, "another password", "nightly export") if secret in text]
 
 
-def test_root_is_warned_in_another_accounts_home(run: Run, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    home.mkdir()
-    monkeypatch.setattr("mshub.console.other_owner", lambda folder: (1234, 1234))
-    _, shown, err = run("list")
-    assert f"{home} belongs to another account" in err
-    assert f"sudo -u '#1234' env MSHUB_HOME={home}" in err
-    assert "belongs" not in shown
+@pytest.mark.parametrize(("may", "said"), [(True, "as mshub, whose"), (False, "run this as that account")])
+def test_root_goes_on_as_the_account_of_the_server(
+    run: Run, home: Path, monkeypatch: pytest.MonkeyPatch, may: bool, said: str
+) -> None:
+    became: list[tuple[int, int, str]] = []
+    monkeypatch.setattr("mshub.cli.owner_to_become", lambda folder: (1234, 1235, "mshub"))
+    monkeypatch.setattr("mshub.cli.become", lambda *owner: became.append(owner) or may)
+    code, shown, err = run("list")
+    assert code == 0
+    assert became == [(1234, 1235, "mshub")]
+    assert said in err
+    assert said not in shown

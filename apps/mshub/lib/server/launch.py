@@ -65,10 +65,9 @@ def check_models(config: Config, store: ModelStore) -> None:
     CatalogueError
         `models` names it; the message names similar ids.
     """
-    catalogue = store.catalogue()
     for model in config.models:
-        if not store.versions(model):
-            catalogue.get(model)
+        if not store.is_known(model):
+            store.catalogue().get(model)
 
 
 def leave(code: int) -> NoReturn:
