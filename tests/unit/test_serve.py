@@ -181,7 +181,7 @@ def test_an_account_without_a_folder_of_its_own_has_one_for_what_is_compiled(
 
 def test_the_app_has_the_folders_that_monailabel_would_make() -> None:
     """An account that may not write to the program, as a service should be, could not."""
-    assert all((app_folder() / name).is_dir() for name in ("model", "lib", "logs", "bin"))
+    assert all((app_folder() / name / ".gitkeep").is_file() for name in ("model", "logs", "bin"))
 
 
 @pytest.mark.parametrize("before", [None, "/a/b"])
