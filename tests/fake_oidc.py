@@ -43,6 +43,8 @@ class FakeOidc:
         Claims of whoever signs in.
     changes : dict
         What its id tokens say instead of what they should; None: nothing.
+    user_info : dict
+        What it says of people elsewhere, to whoever has an access token.
     sign : callable
         Makes an id token of its claims.
     keys : list of RSAKey
@@ -67,6 +69,7 @@ class FakeOidc:
         self._server = _Server(("127.0.0.1", 0), self._handler())
         self.issuer = f"http://{host}:{self._server.server_port}/realms/clinic"
         self.person: dict[str, Any] = {"sub": "1", "preferred_username": "grace"}
+        self.user_info: dict[str, Any] = {}
         self.changes, self.discovery, self.broken = dict[str, Any](), dict[str, Any](), dict[str, Answer]()
         self.sign: Callable[[dict[str, Any]], str] = self.signed
         self.keys = [new_key("one")]
@@ -84,7 +87,7 @@ class FakeOidc:
         self._server.shutdown()
         self._server.server_close()
 
-    # -- its five addresses ---------------------------------------------------------------------------------------
+    # -- its addresses ---------------------------------------------------------------------------------------
 
     def openid_configuration(self, query: dict[str, str]) -> Answer:
         names = {"authorization_endpoint": "authorize", "token_endpoint": "token", "jwks_uri": "jwks"}
@@ -130,9 +133,15 @@ class FakeOidc:
 
     def logout(self, query: dict[str, str]) -> Answer:
         """Ask whoever comes here whether they want to go; only tests that name it in `discovery` lead anybody here."""
-        if query != {"client_id": CLIENT_ID}:
+        if query != {"client_id": CLIENT_ID, "authorization": ""}:
             return _json({"error": "invalid_request"}, 400)
         return 200, {"Content-Type": "text/html"}, b"<title>Clinic</title><button>Yes, log me out</button>"
+
+    def userinfo(self, query: dict[str, str]) -> Answer:
+        """Say who somebody is; only tests that name it in `discovery` lead anybody here."""
+        if query["authorization"] not in [f"Bearer {token}" for token in self.tokens]:
+            return _json({"error": "invalid_token"}, 401)
+        return _json(self.user_info)
 
     # -- id tokens ------------------------------------------------------------------------------------------------
 
@@ -161,14 +170,15 @@ class FakeOidc:
         name = path.rpartition("/")[2].replace("-", "_")
         self.asked.append(name)
         time.sleep(self.slow_s)
-        known = (self.openid_configuration, self.jwks, self.authorize, self.token, self.logout)
+        known = (self.openid_configuration, self.jwks, self.authorize, self.token, self.logout, self.userinfo)
         answers = {answer.__name__: answer for answer in known}
         return self.broken.get(name) or answers[name](said)
 
     def _handler(fake) -> type[BaseHTTPRequestHandler]:  # noqa: N805
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                self._send(fake._answer(urlsplit(self.path).path, _flat(urlsplit(self.path).query)))
+                said = {**_flat(urlsplit(self.path).query), "authorization": self.headers.get("Authorization", "")}
+                self._send(fake._answer(urlsplit(self.path).path, said))
 
             def do_POST(self) -> None:
                 form = _flat(self.rfile.read(int(self.headers["Content-Length"])).decode())

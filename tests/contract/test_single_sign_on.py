@@ -183,6 +183,54 @@ def test_whoever_logs_out_is_told_how_to_log_out_of_the_provider(browser: TestCl
     assert "Yes, log me out" in httpx.get(unescape(address)).text
 
 
+@pytest.fixture
+def terse(provider: FakeOidc) -> FakeOidc:
+    """A provider whose id tokens say nothing of people, as the standard has it: they are told of elsewhere."""
+    provider.discovery = {"userinfo_endpoint": f"{provider.issuer}/userinfo"}
+    provider.person, provider.user_info = {"sub": "1"}, {"sub": "1", **provider.person}
+    return provider
+
+
+def test_whoever_the_id_token_does_not_name_is_asked_for(browser: TestClient, terse: FakeOidc) -> None:
+    assert sign_in(browser).status_code == 200
+    assert browser.get("/info/").json() == {"user": "oidc:grace", "role": "annotator"}
+    assert terse.asked[-1] == "userinfo"
+
+
+def test_groups_may_be_told_elsewhere_than_the_name(browser: TestClient, terse: FakeOidc) -> None:
+    terse.person = {"sub": "1", "preferred_username": "grace"}
+    terse.user_info["preferred_username"] = "ada"
+    assert sign_in(browser).status_code == 200
+    assert browser.get("/info/").json() == {"user": "oidc:grace", "role": "annotator"}, "what is signed goes first"
+
+
+def test_user_info_says_nothing_of_whom_the_token_is_for_and_when(browser: TestClient, terse: FakeOidc) -> None:
+    terse.changes = {"aud": "another"}
+    terse.user_info |= {"aud": CLIENT_ID}
+    assert_refused(browser, sign_in(browser), 401, "was refused")
+    assert "userinfo" not in terse.asked
+
+
+@pytest.mark.parametrize("sub", ["2", None, 1])
+def test_user_info_of_another_person_lets_nobody_in(browser: TestClient, terse: FakeOidc, sub: object) -> None:
+    terse.user_info["sub"] = sub
+    assert_refused(browser, sign_in(browser), 401, "was refused")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [(500, {}, b""), (401, {}, b"{}"), (200, {}, b"no JSON"), (200, {}, b"7"), (302, {"Location": "/"}, b"")],
+)
+def test_user_info_that_cannot_be_had_lets_nobody_in(browser: TestClient, terse: FakeOidc, answer: Any) -> None:
+    terse.broken = {"userinfo": answer}
+    assert_refused(browser, sign_in(browser), 503, "cannot be reached or is not set up")
+
+
+def test_an_unsafe_address_of_user_info_is_not_asked(browser: TestClient, terse: FakeOidc) -> None:
+    terse.discovery = {"userinfo_endpoint": "http://elsewhere.example/userinfo"}
+    assert_refused(browser, sign_in(browser), 403, "does not say who you are")
+
+
 @pytest.mark.parametrize(
     "discovery",
     [
@@ -596,7 +644,7 @@ def test_a_key_that_was_taken_back_is_good_for_an_hour_at_most(
 NO_PROVIDER: dict[str, Change] = {
     "is down": lambda fake: fake.broken.update(openid_configuration=(503, {}, b"")),
     "says nonsense": lambda fake: fake.broken.update(openid_configuration=(200, {}, b"<html>")),
-    "says a list": lambda fake: fake.broken.update(openid_configuration=(200, {}, b"[]")),
+    "says a list": lambda fake: fake.broken.update(openid_configuration=(200, {}, b'"a text"')),
     "leads elsewhere": lambda fake: fake.broken.update(openid_configuration=(302, {"Location": "/elsewhere"}, b"")),
     "is another one": lambda fake: fake.discovery.update(issuer="https://evil.example"),
     "lacks an address": lambda fake: fake.discovery.update(token_endpoint=None),

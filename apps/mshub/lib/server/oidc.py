@@ -50,6 +50,8 @@ ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES
 ENDPOINTS = ("authorization_endpoint", "token_endpoint", "jwks_uri")
 LOG_OUT = "end_session_endpoint"
 """Not every provider has one (OpenID Connect RP-Initiated Logout 1.0)."""
+USER_INFO = "userinfo_endpoint"
+"""Where a provider says who somebody is whose id token says no more than that it is the same one (Core 1.0, 5.4)."""
 GUEST_PREFIX = "oidc:"
 """Before the names of people who are no users here; no user's name can begin with it."""
 LONGEST_NAME = 64
@@ -117,8 +119,7 @@ class Provider(StarletteOAuth2App):  # type: ignore[misc]
         if unsafe:
             raise ConfigError(f"the provider's {', '.join(unsafe)} begins with no https://")
         kept = {name: found[name] for name in ("issuer", *ENDPOINTS)}
-        if is_safe(str(found.get(LOG_OUT, ""))):
-            kept[LOG_OUT] = found[LOG_OUT]
+        kept |= {name: found[name] for name in (LOG_OUT, USER_INFO) if is_safe(found.get(name))}
         return {**kept, "id_token_signing_alg_values_supported": list(ALGORITHMS)}
 
 
@@ -159,7 +160,8 @@ class SignOn:
             token = await self._provider.fetch_access_token(
                 begun.redirect_uri, code=code, code_verifier=begun.code_verifier
             )
-            return await self._checked_claims(token, begun.nonce), begun.next
+            claims = await self._checked_claims(token, begun.nonce)
+            return await self._with_user_info(claims, token), begun.next
 
     async def end(self) -> str:
         """Return where somebody logs out of the provider, which asks them first; empty if it has no such address."""
@@ -202,6 +204,17 @@ class SignOn:
         if claims is None:
             raise OAuthError("no id token")
         return dict(claims)
+
+    async def _with_user_info(self, claims: dict[str, Any], token: dict[str, Any]) -> dict[str, Any]:
+        """Return claims, with what the provider says elsewhere of the person if name or groups are not among them."""
+        wanted = [self.settings.name_claim, *([self.settings.role_claim] if self.settings.roles else [])]
+        has_more = USER_INFO in await self._provider.load_server_metadata()
+        if not has_more or all(name in claims for name in wanted):
+            return claims
+        told = dict(await self._provider.userinfo(token=token))
+        if told.get("sub") != claims["sub"]:
+            raise OAuthError("user info of another person")
+        return {**told, **claims} if self.settings.name_claim in claims else {**claims, **told}
 
     def _name(self, claims: dict[str, Any]) -> str:
         """Return what somebody is called; an address of e-mail only if the provider has seen that it is theirs."""
