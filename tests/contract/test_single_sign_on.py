@@ -644,7 +644,7 @@ def test_a_key_that_was_taken_back_is_good_for_an_hour_at_most(
 NO_PROVIDER: dict[str, Change] = {
     "is down": lambda fake: fake.broken.update(openid_configuration=(503, {}, b"")),
     "says nonsense": lambda fake: fake.broken.update(openid_configuration=(200, {}, b"<html>")),
-    "says a list": lambda fake: fake.broken.update(openid_configuration=(200, {}, b'"a text"')),
+    "says a list": lambda fake: fake.broken.update(openid_configuration=(200, {}, b"[]")),
     "leads elsewhere": lambda fake: fake.broken.update(openid_configuration=(302, {"Location": "/elsewhere"}, b"")),
     "is another one": lambda fake: fake.discovery.update(issuer="https://evil.example"),
     "lacks an address": lambda fake: fake.discovery.update(token_endpoint=None),
