@@ -94,5 +94,5 @@ lock: $(BIN)/uv  ## resolve requirements*.in into requirements*.txt
 	    | grep -vE '^(nvidia-|cuda-|triton)' > requirements.tmp && mv requirements.tmp $$name.txt || exit 1; \
 	done
 
-clean:  ## remove the virtual environments and the server's working state
-	rm -rf $(VENV) $(V1) .mshub
+clean:  ## remove the virtual environments; .mshub, which holds labels, stays
+	rm -rf $(VENV) $(V1)

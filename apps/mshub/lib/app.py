@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import copy
-import hashlib
 import logging
 import os
 import sys
@@ -28,7 +27,7 @@ import mshub
 from lib import audit, background
 from lib.activelearning import ActiveLearning
 from lib.activity import Activity
-from lib.conf import Config
+from lib.conf import Config, short_hash
 from lib.datastore import StudiesFolder
 from lib.digests import Digests
 from lib.exports import check_format, export_label, export_prediction
@@ -93,7 +92,7 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         self.trainings = Trainings(self.jobs, self.config)
         self._digests = Digests(self.store.home / "digests.json")
         self.active_learning = ActiveLearning(
-            self.store.home / "cases" / f"{_short_hash(_full(studies))}.sqlite", self.store, self.config
+            self.store.home / "cases" / f"{short_hash(_full(studies))}.sqlite", self.store, self.config
         )
         self._infers: dict[str, NNUNetInferTask] = {}
         self._warm_up = WarmUp(lambda: list(self._infers.values()), self.cache)
@@ -134,7 +133,7 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         search = settings.MONAI_LABEL_DICOMWEB_SEARCH_FILTER
         return PacsStudies(
             client,
-            str(self.store.home / "pacs" / _short_hash(client.url)),
+            str(self.config.data_folder(client.url)),
             self._structures,
             self._structure_overrides,
             self.store.home / "refused-labels",
@@ -499,10 +498,6 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
 def _full(studies: str) -> str:
     """Return the same name for a studies folder however its path was written; an address as it is."""
     return studies if "://" in studies else str(Path(studies).resolve())
-
-
-def _short_hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _without_embedding(params: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -83,6 +84,10 @@ class Config:
         """`lease_minutes` in seconds."""
         return self.lease_minutes * 60
 
+    def data_folder(self, studies: str) -> Path:
+        """Return where labels and their index are: in the folder of images, or of a PACS in one of its own here."""
+        return self.home / "pacs" / short_hash(studies.rstrip("/")) if "://" in studies else Path(studies)
+
     @classmethod
     def parse(cls, conf: Mapping[str, str], environment: Mapping[str, str] | None = None) -> Config:
         """Read ``--conf`` pairs and ``MSHUB_*`` variables.
@@ -120,6 +125,11 @@ class Config:
             idle_cases=_whole("idle_cases", chosen.get("idle_cases") or cls.idle_cases, "cases"),
             oidc=OidcSettings.parse(chosen),
         )
+
+
+def short_hash(text: str) -> str:
+    """Return the name of what belongs to a folder or an address."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _refuse_unknown(chosen: Mapping[str, str]) -> None:

@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
+from lib.conf import Config
 from lib.server import health, single
 from lib.server.health import Health
 from mshub.errors import ConfigError
@@ -90,10 +91,11 @@ def test_prometheus_can_read_the_metrics(tmp_path: Path) -> None:
 
 SECOND = """
 import sys
+from pathlib import Path
 from lib.server.single import hold
 from mshub.errors import ConfigError
 try:
-    hold(sys.argv[1])
+    hold(Path(sys.argv[1]), sys.argv[1])
 except ConfigError as error:
     sys.exit(str(error))
 """
@@ -106,20 +108,33 @@ def second(folder: Path) -> tuple[int, str]:
 
 def test_a_second_server_is_kept_away_from_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(single.__file__).parents[2]))
-    lock = single.hold(str(tmp_path))
+    lock = single.hold(tmp_path, str(tmp_path))
     assert lock is not None
     code, said = second(tmp_path)
     assert code == 1
     assert "Another server works on" in said
     lock.release()
     assert second(tmp_path)[0] == 0
-    again = single.hold(str(tmp_path))
+    again = single.hold(tmp_path, str(tmp_path))
     assert again is not None
     with pytest.raises(ConfigError):
-        single.hold(str(tmp_path))
+        single.hold(tmp_path, str(tmp_path))
     again.release()
 
 
-def test_a_pacs_may_have_two(tmp_path: Path) -> None:
-    assert single.hold("http://pacs:8042/dicom-web") is None
-    assert single.hold(str(tmp_path / "missing")) is None
+def test_a_pacs_has_one_for_each_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(single.__file__).parents[2]))
+    addresses = ("http://pacs:8042/dicom-web", "http://pacs:8042/dicom-web/", "http://other:8042/dicom-web")
+    same, slash, other = (Config(tmp_path).data_folder(address) for address in addresses)
+    assert same == slash != other
+    for folder in (same, other):
+        folder.mkdir(parents=True)
+    lock = single.hold(same, addresses[0])
+    assert lock is not None
+    assert second(same)[0] == 1
+    assert second(other)[0] == 0
+    lock.release()
+
+
+def test_a_folder_that_is_not_there_keeps_nobody_away(tmp_path: Path) -> None:
+    assert single.hold(tmp_path / "missing", "missing") is None

@@ -101,7 +101,7 @@ class _Body:
             raise HTTPException(
                 413,
                 f"The request holds {nbytes / 1e6:,.0f} MB or more; expected {limit / 1e6:,.0f} MB at most. "
-                "Whoever runs the server can allow more: --conf upload_gb.",
+                "Whoever runs the server can allow more: --conf upload_gb=GB.",
             )
         ahead = max(nbytes - self._read, LOOK_EVERY_BYTES)
         with as_http_errors():

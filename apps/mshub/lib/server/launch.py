@@ -42,7 +42,10 @@ def main() -> None:
         store = ModelStore(config.home)
         check_exposure(arguments.host, store.home, has_sign_on=config.oidc is not None)
         check_models(config, store)
-        lock = hold(arguments.studies)
+        folder = config.data_folder(arguments.studies)
+        if "://" in arguments.studies:
+            folder.mkdir(parents=True, exist_ok=True)
+        lock = hold(folder, arguments.studies)
     except MSHubError as error:
         sys.exit(f"mshub: {error}")
     # The web server ends itself by the signal that ended it; what is to be cleared away is, this way.

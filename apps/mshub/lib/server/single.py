@@ -1,4 +1,4 @@
-"""One server per studies folder: two would each write the index they know, and the later loses what the other noted."""
+"""One server per folder of labels: of two, the later to write would lose what the other noted."""
 
 from __future__ import annotations
 
@@ -14,18 +14,24 @@ logger = logging.getLogger(__name__)
 NAME = ".mshub-server.lock"
 
 
-def hold(studies: str) -> FileLock | None:
-    """Return a lock on a studies folder, to be kept as long as the server lives; None for a PACS.
+def hold(folder: Path, studies: str) -> FileLock | None:
+    """Return a lock, to be kept as long as the server lives; None where it cannot be had on this disk.
 
     The operating system gives it up with the process, however that ends.
+
+    Parameters
+    ----------
+    folder : Path
+        Where labels and their index are; see `lib.conf.Config.data_folder`.
+    studies : str
+        What the operator called it.
 
     Raises
     ------
     ConfigError
         Another server has it.
     """
-    folder = Path(studies)
-    if "://" in studies or not folder.is_dir():
+    if not folder.is_dir():
         return None
     lock = FileLock(folder / NAME)
     try:
@@ -33,9 +39,9 @@ def hold(studies: str) -> FileLock | None:
     except Timeout as error:
         raise ConfigError(
             f"Another server works on {studies} already: two would overwrite what the other knows of the labels. Stop "
-            "it, or serve another folder."
+            "it, or serve another folder; of a PACS, with another MSHUB_HOME."
         ) from error
     except OSError as error:
-        logger.warning("%s cannot be written to (%s): nothing keeps a second server away", studies, error.strerror)
+        logger.warning("%s cannot be written to (%s): nothing keeps a second server away", folder, error.strerror)
         return None
     return lock
