@@ -172,8 +172,9 @@ class StudiesFolder(LabelFolder):
                     Path(label_filename), label_info.get("label_info"), read_grid(image), self.structures()
                 )
             except MSHubError as error:
-                kept = self._refused.keep(Path(label_filename), image_id, label_tag, label_info, str(error))
-                raise type(error)(f"{error} The submitted file is kept on the server as {kept}.") from error
+                reason = str(error).replace(Path(label_filename).name, "The label").rstrip(".")
+                kept = self._refused.keep(Path(label_filename), image_id, label_tag, label_info, f"{reason}.")
+                raise type(error)(f"{reason}. The submitted file is kept on the server as {kept}.") from error
         audit.note(started_from=_origin(started_from))
         predicted = started_from.get("params", {}).get("voxel_counts", {})
         reviewed = list(correction.reviewed([name for name, voxels in predicted.items() if voxels]))

@@ -319,6 +319,14 @@ def test_a_refused_label_is_kept_aside_and_nothing_is_replaced(
     assert set(datastore.get_labels_by_image_id("ct")) == {"final"}
 
 
+def test_a_refusal_does_not_speak_of_the_name_of_a_temporary_file(datastore: StudiesFolder, studies: Path) -> None:
+    garbage = studies.parent / "tmp0815.nii.gz"
+    garbage.write_bytes(b"garbage")
+    with pytest.raises(HTTPException, match=r"The label: the file is damaged.* again\. The submitted file") as caught:
+        datastore.save_label("ct", str(garbage), "final", scene(liver=1))
+    assert "tmp0815" not in caught.value.detail
+
+
 def test_the_index_is_whole_when_writing_it_breaks_off(
     datastore: StudiesFolder, studies: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
