@@ -56,6 +56,17 @@ def test_gpus_are_numbers(server: TestClient, begun: list[tuple[str, dict[str, A
     assert "such as 0,1" in answer.json()["detail"]
 
 
+def test_a_batch_that_no_process_could_be_told_of_is_refused(
+    server: TestClient, begun: list[tuple[str, dict[str, Any]]]
+) -> None:
+    images = [f"1.2.840.{number:056d}" for number in range(1000)]
+    assert server.post("/batch/infer/tiny", json={"images": images}).status_code == 200
+    assert len(begun) == 1
+    answer = server.post("/batch/infer/tiny", json={"images": images + images})
+    assert (answer.status_code, len(begun)) == (413, 1)
+    assert "fewer images" in answer.json()["detail"]
+
+
 def test_scoring_is_told_its_method_only(server: TestClient, begun: list[tuple[str, dict[str, Any]]]) -> None:
     assert server.post("/scoring/dice", json=ODD).status_code == 200
     assert server.post("/scoring/", json={"dice": ODD, **ODD}).status_code == 200

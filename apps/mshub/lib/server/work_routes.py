@@ -41,6 +41,8 @@ BATCH_OPTIONS = INFER_OPTIONS - {"series"} | {
 }
 """And of MONAI Label's batch, a process of its own, which would look for programs where ``bundle_path`` says."""
 
+LONGEST_BATCH = 100_000
+"""Bytes of a batch's options: MONAI Label hands them to its process as one argument, and Linux takes 128 KiB."""
 _GPUS = re.compile(r"all|[0-9]{1,4}(,[0-9]{1,4})*")
 
 
@@ -105,6 +107,8 @@ def infer_batch(
     gpus = options.get("gpus") or "all"
     if not isinstance(gpus, str) or not _GPUS.fullmatch(gpus):
         raise HTTPException(400, f"gpus is {str(gpus)[:80]!r}; expected all, or numbers such as 0,1.")
+    if len(json.dumps(options).encode()) > LONGEST_BATCH:
+        raise HTTPException(413, f"The options are longer than {LONGEST_BATCH} bytes: name fewer images in a batch.")
     return batch_infer.run(model, images, {**options, "gpus": gpus}, run_sync)
 
 
