@@ -6,6 +6,7 @@ Commands import what they need when they run: ``mshub list`` does not wait for t
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -108,6 +109,7 @@ def _act_as_owner(home: Path) -> None:
     owner = owner_to_become(home)
     if owner is None:
         return
+    os.environ["MSHUB_HOME"] = str(home)  # by default it is in the account's own folder
     if become(*owner):
         err.print(f"[dim]as {escape(owner[2])}, whose {escape(str(home))} is[/]", soft_wrap=True)
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -132,10 +133,12 @@ def test_root_goes_on_as_the_account_of_the_server(
     run: Run, home: Path, monkeypatch: pytest.MonkeyPatch, may: bool, said: str
 ) -> None:
     became: list[tuple[int, int, str]] = []
+    monkeypatch.setenv("MSHUB_HOME", str(home.parent / "x" / ".." / "home"))
     monkeypatch.setattr("mshub.cli.owner_to_become", lambda folder: (1234, 1235, "mshub"))
     monkeypatch.setattr("mshub.cli.become", lambda *owner: became.append(owner) or may)
     code, shown, err = run("list")
     assert code == 0
     assert became == [(1234, 1235, "mshub")]
+    assert os.environ["MSHUB_HOME"] == str(home)
     assert said in err
     assert said not in shown
