@@ -61,7 +61,7 @@ APP_LAYERS = (
     *("lib.conf", "lib.activity", "lib.digests", "lib.reviews", "lib.refused_labels", "lib.dataset_archive"),
     "lib.datastore",
     *("lib.pacs_session", "lib.pacs_errors", "lib.pacs_client", "lib.pacs_download", "lib.pacs_images"),
-    *("lib.pacs_labels", "lib.pacs_sending", "lib.pacs", "lib.exports"),
+    *("lib.pacs_labels", "lib.pacs_receiving", "lib.pacs_sending", "lib.pacs", "lib.exports"),
     *("lib.infers", "lib.trainers", "lib.activelearning", "lib.warm_up", "lib.app", "lib.server", "main"),
 )
 PACKAGES = ("mshub", "mshub.nnunet", "mshub.report")  # hold modules, and no code of their own

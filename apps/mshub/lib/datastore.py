@@ -279,7 +279,7 @@ class StudiesFolder(LabelFolder):
         patients = self._patients_table()
         images = set(self._known_images())
         for case in sorted(patients.keys() - images):
-            self._warn_once(f"{PATIENTS} names {case}, which is no image here")
+            self.warn_once(f"{PATIENTS} names {case}, which is no image here")
         tag, structures, known = DefaultLabelTag.FINAL.value, self.structures(), self._datastore.objects
         labelled = sorted(image for image in images if image in known and tag in known[image].labels)
         cases = [self._reviewed_case(image, channels, patients, structures) for image in labelled]
@@ -315,12 +315,12 @@ class StudiesFolder(LabelFolder):
                 structures=structures,
             )
         except (MSHubError, OSError) as error:
-            self._warn_once(f"the final label of {image_id} is left out of training: {error}")
+            self.warn_once(f"the final label of {image_id} is left out of training: {error}")
         except HTTPException as error:
-            self._warn_once(f"{image_id} is left out of training: {error.detail}")
+            self.warn_once(f"{image_id} is left out of training: {error.detail}")
         return None
 
-    def _warn_once(self, message: str) -> None:
+    def warn_once(self, message: str) -> None:
         """Say in the log what clients ask about every few seconds."""
         if message not in self._warned:
             self._warned.add(message)
@@ -431,7 +431,7 @@ class StudiesFolder(LabelFolder):
         """
         found: dict[str, str] = super()._list_files(path, patterns)
         for name in [name for name in found if not _is_text(name)]:
-            self._warn_once(f"a file is left out, as its name is not UTF-8: {name!a}")
+            self.warn_once(f"a file is left out, as its name is not UTF-8: {name!a}")
             del found[name]
         return {name: file for name, file in found.items() if not _is_further_channel(name, found)}
 

@@ -19,7 +19,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from cachetools import LRUCache
 from fastapi import HTTPException
 from monailabel.datastore.local import DataModel, ImageLabelModel
@@ -31,16 +30,16 @@ from lib.faults import as_http_errors
 from lib.pacs_client import PacsClient, text_of
 from lib.pacs_errors import PacsError
 from lib.pacs_images import COUNT, VOLUME, Progress, SeriesFiles, untold
-from lib.pacs_labels import REFUSED, TAKEN, Finding, PacsLabels
+from lib.pacs_labels import PacsLabels
+from lib.pacs_receiving import LabelReceiver
 from lib.pacs_sending import FINAL, LabelSender, waiting_note
+from lib.pacs_session import pause_after
 from mshub.card_tables import Channel
 from mshub.cases import ReviewedCase
 from mshub.channel_series import ChannelSeries, choose_series
-from mshub.dicom_seg import SegLabels, read_seg
 from mshub.dicom_series import SeriesStack
-from mshub.errors import CaseError, GeometryError, LabelError, MSHubError
+from mshub.errors import MSHubError
 from mshub.geometry import Array, Grid
-from mshub.label_rules import fold
 from mshub.mr_sequences import description_of, sequence_of
 from mshub.structures import StructureOverride
 from mshub.volume_io import read_volume, write_nifti, write_volume
@@ -50,11 +49,7 @@ logger = logging.getLogger(__name__)
 _UID = re.compile(r"[0-9]+(\.[0-9]+)*")
 MAX_UID_LENGTH = 64
 LISTED_S, SEEN_S = 1.0, 2.0
-"""How long the list of series, and of SEGs, is taken for new."""
-SLOW_S, SHARE_OF_ASKING = 0.5, 0.1
-"""A PACS that takes longer to list its series is asked less often: for at most this share of the time."""
-WAIT_FOR_LABELS_S = 5.0
-"""How long a request waits for the corrections of others to be taken in; a first time can take minutes."""
+"""How long the list of series is taken for new, and what it says of one."""
 UNUSED_S = 3600.0  # a copy somebody asked for within an hour is not swept away
 KEPT_HEADERS = 512
 MADE = "made"
@@ -104,10 +99,10 @@ class PacsStudies(StudiesFolder):
         self._labels = PacsLabels(Path(folder) / "segs.json", client)
         self._exchanges = exchanges_labels
         self._sender = LabelSender(self, self._files, client, self._labels, overrides)
-        self._listing, self._taking = threading.Lock(), threading.Lock()
+        self._receiver = LabelReceiver(self, self._files, client, self._labels, self._series, self._keep_found)
+        self._listing = threading.Lock()
         self._listed: dict[str, dict[str, str]] = {}
-        self._listed_until = self._listed_at = self._look_again_at = float("-inf")
-        self._looking, self._look, self._look_for_until = threading.Lock(), threading.Thread(), float("-inf")
+        self._listed_until = self._listed_at = float("-inf")
         self._ambiguous: set[str] = set()
         self._headers: MutableMapping[str, Dataset] = LRUCache(KEPT_HEADERS)
         super().__init__(folder, structures, refused, auto_reload=auto_reload, read_only=read_only)
@@ -125,12 +120,12 @@ class PacsStudies(StudiesFolder):
 
     def get_labeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
         """Return the series with a final label, those corrected elsewhere and stored in the PACS among them."""
-        self._take_in()
+        self._receive()
         return [image for image in self.list_images() if self.get_label_uri(image, FINAL)]
 
     def get_unlabeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
         """Return the series without a final label; single images, such as scouts, are not asked for."""
-        self._take_in()
+        self._receive()
         with as_http_errors():
             series = self._series()
         return [
@@ -139,7 +134,7 @@ class PacsStudies(StudiesFolder):
 
     def status(self) -> dict[str, Any]:
         """Return the numbers of series and labels; while the PACS is down, those known last."""
-        self._take_in()
+        self._receive()
         try:
             listed = set(self.list_images())
         except HTTPException:
@@ -154,7 +149,7 @@ class PacsStudies(StudiesFolder):
 
     def json(self) -> dict[str, Any]:
         """Return the index, after the PACS was asked for its series; while it is down, as it was."""
-        self._take_in()
+        self._receive()
         self._listed_until = float("-inf")  # who asks for all wants what has just arrived
         try:
             listed = self._series()
@@ -259,7 +254,7 @@ class PacsStudies(StudiesFolder):
         channels : sequence of Channel
             The model's channels; with more than one, the other series of the study are found by them.
         """
-        self._take_in()
+        self._receive()
         return super().reviewed_cases(channels)
 
     def case_channels(self, image_id: str, channels: Sequence[Channel]) -> list[Path]:
@@ -378,10 +373,17 @@ class PacsStudies(StudiesFolder):
 
     def take_in(self, image_id: str) -> list[dict[str, str]]:
         """Look for corrections of one study that others stored in the PACS, now; return what was left out, and why."""
-        self._look_for_labels(self._facts(image_id)["StudyInstanceUID"])
+        study = self._facts(image_id)["StudyInstanceUID"]
+        if self._exchanges:
+            self._receiver.look_now(study)
         return self._labels.left_out(image_id)
 
     # -- private ------------------------------------------------------------------------------------------------
+
+    def _receive(self) -> None:
+        """Take in the labels that others stored in the PACS."""
+        if self._exchanges:
+            self._receiver.look()
 
     def _series(self, *, asked_for: str = "") -> dict[str, dict[str, str]]:
         """Return the image series of the PACS, and take those not known yet into the index.
@@ -394,7 +396,7 @@ class PacsStudies(StudiesFolder):
                 found = [item for kind in self._modalities for item in self._client.series(Modality=kind)]
                 self._listed, self._ambiguous = _by_uid(found)
                 self._listed_at = time.monotonic()
-                self._listed_until = self._listed_at + _pause(self._listed_at - started, LISTED_S)
+                self._listed_until = self._listed_at + pause_after(self._listed_at - started, LISTED_S)
                 self._register(self._listed)
             elif asked_for and asked_for not in self._listed:
                 found = [
@@ -480,110 +482,18 @@ class PacsStudies(StudiesFolder):
             write_nifti(path, stack.from_slices(array), stack.grid)
             yield path
 
-    # -- labels that come from the PACS ---------------------------------------------------------------------------
+    def _keep_found(self, image_id: str, label: Path, info: dict[str, Any], made: datetime) -> None:
+        """Keep a label that was found in the PACS, and is not sent there: it is the final one if it is the newest."""
+        super().save_label(image_id, str(label), self._tag_for(image_id, made), {**info, MADE: made.isoformat()})
 
-    def _take_in(self) -> None:
-        """Make labels of the SEGs others stored in the PACS; its first seconds are waited for, not minutes."""
-        with self._looking:
-            if not self._look.is_alive():
-                if time.monotonic() < self._look_again_at:
-                    return
-                self._look = threading.Thread(target=self._look_for_labels, daemon=True)
-                self._look.start()
-                self._look_for_until = time.monotonic() + WAIT_FOR_LABELS_S
-            look, left_s = self._look, self._look_for_until - time.monotonic()
-        look.join(max(0.0, left_s))
-
-    def _look_for_labels(self, study: str | None = None) -> None:
-        """Take in what is new, of one study or of all; a PACS that is down has nothing to give."""
-        if not self._exchanges:
-            return
-        started = time.monotonic()
-        try:
-            for finding in self._labels.find(self._series(), self.structures(), study):
-                with self._taking:
-                    if not self._labels.knows(finding):
-                        self._take(finding)
-        except PacsError as error:
-            self._warn_once(f"corrections stored in the PACS cannot be looked for: {error}")
-        if study is None:
-            now = time.monotonic()
-            self._look_again_at = now + _pause(now - started, SEEN_S)
-
-    def _take(self, finding: Finding) -> None:
-        """Make a label of one SEG: the final one if it is the newest, or else one of the versions."""
-        if self._has_label_of(finding):  # what became of it was noted, and is lost
-            self._labels.note(finding.series, finding.instance, TAKEN, finding.image)
-            return
-        try:
-            self.get_image_uri(finding.image)
-            stack = self._files.stack(finding.image)
-            labels = read_seg(self._client.instance(finding.study, finding.series, finding.instance), stack)
-            self._keep(finding, labels, stack)
-        except (LabelError, CaseError, GeometryError) as error:
-            self._refuse(finding, str(error))
-        except HTTPException as error:
-            if error.status_code >= 500:  # the PACS does not answer: another time
-                raise PacsError(str(error.detail)) from error
-            self._refuse(finding, str(error.detail))
-        except OSError:  # a full disk: another time
-            raise
-        except Exception as error:  # of one whose like nobody has seen; the others are taken all the same
-            self._refuse(finding, f"it cannot be read ({type(error).__name__})")
-        else:
-            self._labels.note(finding.series, finding.instance, TAKEN, finding.image)
-            logger.info("%s: a correction was found in the PACS (%s)", finding.image, finding.instance)
-
-    def _has_label_of(self, finding: Finding) -> bool:
-        """Return whether a label here was made of this SEG, or it of a label here."""
-        known = self._datastore.objects.get(finding.image)
-        notes = [label.info.get("pacs") or {} for label in known.labels.values()] if known else []
-        return any(note.get("SOPInstanceUID") == finding.instance for note in notes)
-
-    def _keep(self, finding: Finding, labels: SegLabels, stack: SeriesStack) -> None:
-        known = {fold(name): name for name in self.structures()}
-        names = {name: value for name, value in labels.names.items() if fold(name) in known}
-        array = np.where(np.isin(labels.array_xyz, list(names.values())), labels.array_xyz, 0)
-        if not array.any():
-            raise LabelError(
-                f"The DICOM SEG holds no voxel of {', '.join(names)}. Expected: an outlined structure. How to fix: "
-                "nothing, if there is nothing to outline; to say so, submit an empty label from the panel."
-            )
-        info = {
-            "label_info": [{"name": name, "idx": value} for name, value in names.items()],
-            "client_id": labels.creator or labels.manufacturer or "PACS",
-            "pacs": {
-                "stored": True,
-                "message": "found in the PACS",
-                "SeriesInstanceUID": labels.series_uid,
-                "SOPInstanceUID": labels.sop_uid,
-                "left_out": sorted(set(labels.names) - set(names)),
-            },
-        }
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "label.nii.gz"
-            write_nifti(path, stack.from_slices(array), stack.grid)
-            super().save_label(
-                finding.image, str(path), self._tag_for(finding), {**info, MADE: finding.created.isoformat()}
-            )
-
-    def _tag_for(self, finding: Finding) -> str:
-        """Return ``final``, or the next ``version_N`` for a SEG that is older than the final label."""
-        info = self.get_label_info(finding.image, FINAL)
+    def _tag_for(self, image_id: str, made: datetime) -> str:
+        """Return ``final``, or the next ``version_N`` for a label that is older than the final one."""
+        info = self.get_label_info(image_id, FINAL)
         moment = info.get(MADE) or info.get("submitted")
-        if not moment or datetime.fromisoformat(moment).astimezone(timezone.utc) <= finding.created:
+        if not moment or datetime.fromisoformat(moment).astimezone(timezone.utc) <= made:
             return FINAL
-        version: str = self._next_version(finding.image)
+        version: str = self._next_version(image_id)
         return version
-
-    def _refuse(self, finding: Finding, reason: str) -> None:
-        self._labels.note(finding.series, finding.instance, REFUSED, finding.image, reason)
-        logger.warning("the SEG %s in the PACS is left out: %s", finding.instance, reason)
-
-
-def _pause(took_s: float, least_s: float) -> float:
-    """Return how long not to ask again after an answer that took so long."""
-    return max(least_s, took_s / SHARE_OF_ASKING) if took_s > SLOW_S else least_s
 
 
 def _by_uid(found: Sequence[Dataset]) -> tuple[dict[str, dict[str, str]], set[str]]:

@@ -20,6 +20,8 @@ BUSY = frozenset({429, 500, 502, 503, 504})
 PAUSES_S = (0.3, 1.0)
 LONGEST_PAUSE_S = 3.0
 """The most of what the PACS asks for by ``Retry-After``."""
+SLOW_S, SHARE_OF_ASKING = 0.5, 0.1
+"""A PACS that takes longer to answer what is asked again and again is asked less often: for this share of the time."""
 
 
 def pacs_session(silence_s: float) -> requests.Session:
@@ -74,3 +76,8 @@ class _Patience(HTTPAdapter):
 def _pause(answer: requests.Response, least_s: float) -> float:
     asked = answer.headers.get("Retry-After", "")
     return min(max(least_s, float(asked)), LONGEST_PAUSE_S) if asked.isdecimal() else least_s
+
+
+def pause_after(took_s: float, least_s: float) -> float:
+    """Return how long not to ask the same again after an answer that took so long."""
+    return max(least_s, took_s / SHARE_OF_ASKING) if took_s > SLOW_S else least_s

@@ -18,7 +18,7 @@ from fastapi import HTTPException
 from dicom_series_factory import SeriesMaker
 from fake_pacs import FakePacs
 from lib import pacs as pacs_module
-from lib import pacs_sending
+from lib import pacs_receiving, pacs_sending
 from lib.activelearning import case_look as case_look_module
 from lib.activelearning.case_look import CaseLook
 from lib.activelearning.offers import unlabelled
@@ -41,6 +41,7 @@ def open_pacs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
     """Return a function that opens a datastore on a PACS, which forgets nothing it has looked up for a while."""
     for name in ("LISTED_S", "SEEN_S"):
         monkeypatch.setattr(pacs_module, name, -1.0)
+    monkeypatch.setattr(pacs_receiving, "SEEN_S", -1.0)
     monkeypatch.setattr(pacs_sending, "RETRY_S", -1.0)
 
     def opened(client: FakePacs, **options: Any) -> PacsStudies:
@@ -487,14 +488,14 @@ def test_one_odd_object_in_the_pacs_does_not_keep_back_the_others(
     odd, fine = seg(tmp_path), seg(tmp_path)
     odd.ContentDate = "19990101"
     remote.objects += [odd, fine]
-    pacs, read = open_pacs(remote), pacs_module.read_seg
+    pacs, read = open_pacs(remote), pacs_receiving.read_seg
 
     def reads(dataset: Any, stack: Any) -> Any:
         if dataset is odd:
             raise KeyError("of pydicom")
         return read(dataset, stack)
 
-    monkeypatch.setattr(pacs_module, "read_seg", reads)
+    monkeypatch.setattr(pacs_receiving, "read_seg", reads)
     assert [left["SOPInstanceUID"] for left in pacs.take_in(MAKER.uid)] == [odd.SOPInstanceUID]
     assert pacs.get_label_info(MAKER.uid, "final")["pacs"]["SOPInstanceUID"] == fine.SOPInstanceUID
 
@@ -519,9 +520,9 @@ def test_who_asks_for_a_series_that_is_not_there_has_the_pacs_asked_for_that_one
 def test_only_the_first_seconds_of_a_long_look_for_labels_are_waited_for(
     open_pacs: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pacs_module, "WAIT_FOR_LABELS_S", 0.3)
+    monkeypatch.setattr(pacs_receiving, "WAIT_S", 0.3)
     pacs, over = open_pacs(FakePacs(MAKER.slices())), threading.Event()
-    monkeypatch.setattr(pacs, "_look_for_labels", over.wait)
+    monkeypatch.setattr(pacs._receiver, "look_now", over.wait)
     seconds = []
     for _ in range(3):
         started = time.monotonic()
@@ -668,16 +669,35 @@ def test_a_server_that_ended_before_the_label_was_sent_sends_it_when_it_is_back(
 def test_a_request_does_not_wait_for_all_corrections_a_pacs_ever_had(
     open_pacs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pacs_module, "WAIT_FOR_LABELS_S", 0.05)
+    monkeypatch.setattr(pacs_receiving, "WAIT_S", 0.05)
     pacs = open_pacs(FakePacs(MAKER.slices(), [seg(tmp_path)]))
     go_on = threading.Event()
-    take = pacs._take
-    monkeypatch.setattr(pacs, "_take", lambda finding: (go_on.wait(10), take(finding)))
+    take = pacs._receiver._take
+    monkeypatch.setattr(pacs._receiver, "_take", lambda finding: (go_on.wait(10), take(finding)))
     assert pacs.status()["completed"] == 0
     go_on.set()
-    pacs._look.join(10)
+    pacs._receiver._look.join(10)
     assert pacs.status()["completed"] == 1
     assert set(pacs.get_labels_by_image_id(MAKER.uid)) == {"final"}
+
+
+def test_what_another_process_stores_is_seen_and_the_pacs_is_not_asked_for_it(
+    open_pacs: Any, label: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As MONAI Label's batch does; the watch over the index once looked for SEGs of the PACS instead."""
+    remote = FakePacs(MAKER.slices())
+    pacs = open_pacs(remote, auto_reload=True)
+    pacs.get_image_uri(MAKER.uid)
+    batch = open_pacs(FakePacs(MAKER.slices()), exchanges_labels=False)
+    asked: list[Any] = []
+    monkeypatch.setattr(pacs._receiver, "look", lambda: asked.append("look"))
+    monkeypatch.setattr(remote, "series", lambda **search: asked.append(search) or [])
+    batch.save_label(MAKER.uid, str(label), "other", LABEL_INFO)
+    until = time.monotonic() + 10
+    while not pacs.get_label_uri(MAKER.uid, "other") and time.monotonic() < until:
+        time.sleep(0.05)
+    assert pacs.get_label_uri(MAKER.uid, "other")
+    assert asked == []
 
 
 def test_the_index_names_what_has_just_arrived_and_nothing_that_is_gone(open_pacs: Any) -> None:
