@@ -90,9 +90,10 @@ def this_command() -> str:
 
 
 def near(path: Path) -> str:
-    """Return `path` as seen from the working directory where it is inside it."""
-    absolute = path.absolute()
-    return str(absolute.relative_to(Path.cwd()) if absolute.is_relative_to(Path.cwd()) else absolute)
+    """Return `path` as seen from the working directory where it is inside it; not from that of services, ``/``."""
+    absolute, here = path.absolute(), Path.cwd()
+    is_inside = absolute.is_relative_to(here) and here != here.parent
+    return str(absolute.relative_to(here) if is_inside else absolute)
 
 
 def key_values(option: str, items: Sequence[str], example: str) -> dict[str, str]:

@@ -681,6 +681,17 @@ def test_another_home_is_that_of_all_the_server_has(
     assert (other / "logs" / "logging.json").is_file()
 
 
+def test_a_service_is_told_where_its_files_are_in_full(
+    run: Run, installed: ModelStore, case: Path, started: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(case.parent)
+    assert f"Log: {installed.home}/logs" in run("serve", "--studies", case.parent).out
+    monkeypatch.chdir(installed.home.parent)
+    assert f"Log: {installed.home.name}/logs" in run("serve", "--studies", case.parent).out
+    monkeypatch.chdir("/")
+    assert f"Log: {installed.home}/logs" in run("serve", "--studies", case.parent).out
+
+
 def test_a_server_for_the_whole_network_needs_users_and_says_that_passwords_are_read(
     run: Run, case: Path, started: list[Any]
 ) -> None:
