@@ -525,14 +525,16 @@ def _follow(job: Any) -> dict[str, Any]:
 
     with epoch_progress() as bar:
         task = bar.add_task("starting", total=None)
-        while (progress := job.progress())["state"] in OPEN:
-            total, epoch = progress.get("total_epochs"), progress.get("epoch")
-            bar.update(task, description=progress.get("stage") or "starting", total=total, completed=epoch or 0)
+        while True:
             try:
+                progress = job.progress()
+                if progress["state"] not in OPEN:
+                    return dict(progress)
+                total, epoch = progress.get("total_epochs"), progress.get("epoch")
+                bar.update(task, description=progress.get("stage") or "starting", total=total, completed=epoch or 0)
                 time.sleep(0.5)
             except KeyboardInterrupt:
                 job.ask_to_stop()
-    return dict(progress)
 
 
 def _report_round(store: ModelStore, model_id: str, progress: dict[str, Any]) -> None:

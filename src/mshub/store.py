@@ -133,6 +133,17 @@ class ModelStore:
         ]
         return sorted((_read_version(path.parent) for path in found), key=lambda version: version.number)
 
+    def readable_versions(self, model_id: str) -> list[ModelVersion]:
+        """Return the versions of a model, oldest first, without those whose record is damaged; the log names them."""
+        found = list[ModelVersion]()
+        for path in (self._models / model_id).glob("v*/version.json"):
+            if _VERSION.fullmatch(path.parent.name):
+                try:
+                    found.append(_read_version(path.parent))
+                except StoreError as error:
+                    logger.warning("%s %s is left out: %s", model_id, path.parent.name, error)
+        return sorted(found, key=lambda version: version.number)
+
     def version(self, model_id: str, version: str) -> ModelVersion:
         """Return one version.
 
@@ -166,11 +177,18 @@ class ModelStore:
     def history(self, model_id: str) -> list[dict[str, Any]]:
         """Return every change of a model's current version, oldest first.
 
-        Each is a dict with ``time``, ``from``, ``to``, ``reason`` and ``rollback`` (whether it undid a promotion).
+        Each is a dict with ``time``, ``from``, ``to``, ``reason`` and ``rollback`` (whether it undid a promotion). A
+        line that a killed process or a full disk broke off is left out.
         """
         path = self._models / model_id / "history.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        return [json.loads(line) for line in lines if line.strip()]
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+        steps = list[dict[str, Any]]()
+        for line in filter(str.strip, lines):
+            try:
+                steps.append(json.loads(line))
+            except json.JSONDecodeError:
+                logger.warning("a line of the history of %s cannot be read and is left out", model_id)
+        return steps
 
     # -- writing ------------------------------------------------------------------------------------------------
 
@@ -212,7 +230,8 @@ class ModelStore:
                     if serve_first:
                         self._serve_if_none(folder, version.version)
                     return version
-            number = max((version.number for version in self.versions(model_id)), default=0) + 1
+            told = [int(step["to"][1:]) for step in self.history(model_id)]  # also of versions that were removed
+            number = max([version.number for version in self.versions(model_id)] + told, default=0) + 1
             target = folder / f"v{number}"
             self._move_into_place(model, target, {**record, "created": utc_now(), "files": files})
             if serve_first:
@@ -294,11 +313,15 @@ class ModelStore:
         served: list[str] = []
         for step in self.history(model_id):
             if step["rollback"]:
-                served.pop()
+                del served[-1:]
             elif served[-1:] != [step["to"]]:
                 served.append(step["to"])
         current = self.current(model_id).version  # written before the history: a crash between them is made good here
-        return served if served[-1:] == [current] else [*served, current]
+        if current not in served:
+            return [*served, current]
+        while served[-1] != current:  # a rollback that is not in the history
+            served.pop()
+        return served
 
     def _is_readable(self, folder: Path) -> bool:
         """Return whether a model has a current version whose record and card can be read."""
@@ -349,8 +372,13 @@ class ModelStore:
         before = self._current_name(folder)
         step = {"time": utc_now(), "from": before, "to": version, "reason": reason, "rollback": rollback}
         replace_text(folder / "current", version + "\n")
-        with (folder / "history.jsonl").open("a", encoding="utf-8") as history:
-            history.write(json.dumps(step, ensure_ascii=False) + "\n")
+        with (folder / "history.jsonl").open("ab+") as history:
+            history.seek(max(0, history.seek(0, os.SEEK_END) - 1))
+            is_whole = history.read() in (b"", b"\n")  # or the last line was broken off
+            line = json.dumps(step, ensure_ascii=False) + "\n"
+            history.write(("" if is_whole else "\n").encode() + line.encode())
+            history.flush()
+            os.fsync(history.fileno())
 
 
 def writable_folder(path: Path) -> Path:

@@ -85,7 +85,13 @@ class StudiesFolder(LabelFolder):
         HTTPException
             404 for an id that is not in the datastore, 422 for a gap in the channel numbers.
         """
-        return _beside(image_id, Path(self.get_image_uri(image_id)))
+        return _beside(image_id, self._image_file(image_id))
+
+    def _image_file(self, image_id: str) -> Path:
+        """Return the first file of an image as it is named in the folder: it may be a link to another name."""
+        self.get_image_uri(image_id)
+        entry = self._datastore.objects.get(image_id)
+        return Path(self._datastore.image_path()) / f"{image_id}{entry.image.ext if entry else ''}"
 
     def get_image_uri(self, image_id: str) -> str:
         """Return the path of an image's first channel; 404 for an id that is not in the datastore."""

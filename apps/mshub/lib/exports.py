@@ -46,13 +46,13 @@ def export_label(datastore: StudiesFolder, image: str, tag: str, format: str) ->
         400 for another format, 404 without such a label, 422 for one that cannot be written so.
     """
     check_format(format, (NRRD, *FORMATS))
-    path = Path(datastore.get_label_uri(image, tag) or "/")
-    if not path.is_file():
-        raise not_found(f"label of {image} tagged", tag, sorted(datastore.get_labels_by_image_id(image)))
-    info = datastore.get_label_info(image, tag)
-    with as_http_errors():
+    with as_http_errors(), tempfile.TemporaryDirectory(prefix="mshub-export-") as folder:
+        path, info = datastore.copy_label(image, tag, Path(folder))
+        if path is None:
+            raise not_found(f"label of {image} tagged", tag, sorted(datastore.get_labels_by_image_id(image)))
         array = read_volume(path, allow_constant=True).array_xyz
         names = _names(path, info, tag, datastore)
+    with as_http_errors():
         if format != NRRD:
             facts = label_facts(info, tag, _overrides(datastore))
             return _written(

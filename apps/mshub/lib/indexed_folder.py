@@ -309,6 +309,7 @@ class IndexedFolder(LocalDatastore):  # type: ignore[misc]
         """Take in what another process, such as a batch, stores."""
         watch = _Watch([str(self._journal.index), str(self._journal.path)], self._take_in)
         self._observer.schedule(watch, path=self._datastore_path, recursive=True)
+        self._handler.on_moved = self._on_moved
 
     def _on_any_event(self, event: FileSystemEvent) -> None:
         """Look at the folder again; whatever goes wrong, the thread that tells of changes goes on."""
@@ -317,9 +318,23 @@ class IndexedFolder(LocalDatastore):  # type: ignore[misc]
         except Exception:
             logger.exception("the folder of studies was not looked at again after a change")
 
+    def _on_moved(self, event: FileSystemEvent) -> None:
+        """Look at the folder again where a file got its name, or another one: rsync names files when they are whole."""
+        if not os.fsdecode(event.src_path).endswith(".part"):  # this server's own
+            self._on_any_event(event)
+
+    def _on_modify_event(self, event: FileSystemEvent) -> None:
+        try:
+            super()._on_modify_event(event)
+        except Exception:
+            logger.exception("what changed in the folder of studies was not taken in")
+
     def _take_in(self) -> None:
-        if not self._journal.is_current():  # mostly it was this process, which need not wait for the lock
-            self._init_from_datastore_file()
+        try:
+            if not self._journal.is_current():  # mostly it was this process, which need not wait for the lock
+                self._init_from_datastore_file()
+        except Exception:  # of a share that is away; the thread that tells of changes goes on
+            logger.exception("what another process stored was not taken in")
 
 
 class _Watch(PatternMatchingEventHandler):
@@ -328,6 +343,9 @@ class _Watch(PatternMatchingEventHandler):
     def __init__(self, files: list[str], tell: Callable[[], None]) -> None:
         super().__init__(patterns=files)
         self._tell = tell
+
+    def on_created(self, event: FileSystemEvent) -> None:
+        self._tell()
 
     def on_modified(self, event: FileSystemEvent) -> None:
         self._tell()

@@ -52,6 +52,7 @@ class LabelFolder(IndexedFolder):
         """
         with self._lock:
             self._catch_up()
+            self._settle_of_others()
             path = self._label_file(image_id, tag)
             if path is None:
                 return None, {}
@@ -162,6 +163,11 @@ class LabelFolder(IndexedFolder):
             LabelNote.remove(folder)
         except OSError as error:
             logger.error("a label of %s that was not stored cannot be taken back: %s", note.image, error)
+
+    def _settle_of_others(self) -> None:
+        """Let the index say what is so where a process was killed that stored a label: a batch that was ended."""
+        if not self._read_only and (self._labels_folder / NAME).exists():
+            self._settle()
 
     def _settle_at_start(self) -> None:
         """Make good what a server left that was killed; on a full disk the note stays for later."""

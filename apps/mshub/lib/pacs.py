@@ -486,6 +486,15 @@ class PacsStudies(StudiesFolder):
         """Keep a label that was found in the PACS, and is not sent there: it is the final one if it is the newest."""
         super().save_label(image_id, str(label), self._tag_for(image_id, made), {**info, MADE: made.isoformat()})
 
+    def _store_label(self, image_id: str, path: Path, tag: str, info: dict[str, Any]) -> str:
+        """Store a label; of one that was found it is decided only now which it is: another may have been submitted."""
+        with self._lock:
+            self._catch_up()
+            if MADE in info:
+                tag = self._tag_for(image_id, datetime.fromisoformat(info[MADE]))
+            stored: str = super()._store_label(image_id, path, tag, info)
+            return stored
+
     def _tag_for(self, image_id: str, made: datetime) -> str:
         """Return ``final``, or the next ``version_N`` for a label that is older than the final one."""
         info = self.get_label_info(image_id, FINAL)

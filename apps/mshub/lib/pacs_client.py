@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from monailabel.config import settings
@@ -191,10 +191,20 @@ def _identity(item: Dataset) -> tuple[str, str]:
 
 
 def _series(item: dict[str, Any]) -> Dataset:
-    """Return what is listed of a series; without its number of instances where that is no number."""
+    """Return what is listed of a series; without its number of instances where that is no number.
+
+    An attribute that nobody can read, such as a SeriesNumber ``1.5``, is left out, and the series and others are not.
+    """
     count = (item.get(COUNT_TAG) or {}).get("Value") or [""]
     usable = item if str(count[0]).isdecimal() else {tag: value for tag, value in item.items() if tag != COUNT_TAG}
-    return _dataset(usable)
+    try:
+        return _dataset(usable)
+    except Exception:  # pydicom promises no types
+        found = Dataset()
+        for tag, value in usable.items():
+            with suppress(Exception):
+                found.update(_dataset({tag: value}))
+        return found
 
 
 def _dataset(item: dict[str, Any]) -> Dataset:

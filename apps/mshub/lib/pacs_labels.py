@@ -14,6 +14,7 @@ from typing import Any
 from pydicom.dataset import Dataset
 
 from lib.pacs_client import PacsClient
+from lib.pacs_errors import PacsError, PacsUnreachable
 from mshub.atomic_file import replace_json
 from mshub.dicom_derived import Algorithm, Facts
 from mshub.dicom_seg import created, referenced_series
@@ -63,6 +64,7 @@ class PacsLabels:
         self._lock = threading.Lock()
         self._known: dict[str, Any] = self._read()
         self._elsewhere: dict[str, tuple[int, str | None]] = {}
+        self._untold: set[str] = set()
 
     def find(self, images: Collection[str], structures: Collection[str], study: str | None = None) -> list[Finding]:
         """Return the SEGs not looked at yet that somebody drew or corrected, oldest first.
@@ -114,7 +116,7 @@ class PacsLabels:
         counted, image = self._elsewhere.get(uid, (0, None))
         if count and counted == count and image not in images:
             return
-        for header in self._client.instances(study, uid):
+        for header in self._headers(study, uid):
             instance = str(header.get("SOPInstanceUID") or "")
             if not instance or instance in known:
                 continue
@@ -132,11 +134,31 @@ class PacsLabels:
             else:
                 yield Finding(image, study, uid, instance, created(header) or LONG_AGO)
 
+    def _headers(self, study: str, series: str) -> list[Dataset]:
+        """Return what the PACS says of a series of SEGs; nothing where it cannot, and others are looked at."""
+        try:
+            return self._client.instances(study, series)
+        except PacsUnreachable:
+            raise
+        except PacsError as error:
+            if series not in self._untold:
+                self._untold.add(series)
+                logger.warning("the SEGs of the series %s in the PACS are not looked at: %s", series, error)
+            return []
+
     def _read(self) -> dict[str, Any]:
         try:
-            return dict(json.loads(self._path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+            known = dict(json.loads(self._path.read_text(encoding="utf-8")))
+            for series in known.values():
+                series["instances"] = {uid: note for uid, note in series["instances"].items() if not _was_away(note)}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return {}
+        return known
+
+
+def _was_away(note: Mapping[str, Any]) -> bool:
+    """Return whether a SEG was once refused only because the PACS did not give it."""
+    return note.get("reason") in ("it cannot be read (PacsUnreachable)", "it cannot be read (PacsError)")
 
 
 def _why_left(header: Dataset, names: Collection[str]) -> str:

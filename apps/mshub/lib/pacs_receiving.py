@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from fastapi import HTTPException
 
 from lib.datastore import StudiesFolder
 from lib.pacs_client import PacsClient
-from lib.pacs_errors import PacsError
+from lib.pacs_errors import PacsError, PacsUnreachable
 from lib.pacs_images import SeriesFiles
 from lib.pacs_labels import REFUSED, TAKEN, Finding, PacsLabels
 from lib.pacs_session import pause_after
@@ -32,6 +33,8 @@ SEEN_S = 2.0
 """How long the list of SEGs is taken for new."""
 WAIT_S = 5.0
 """How long a request waits for the corrections of others to be taken in; a first time can take minutes."""
+WAITS_S = 600.0
+"""How long one is left alone that the PACS does not give though it answers."""
 
 
 class LabelReceiver:
@@ -65,6 +68,7 @@ class LabelReceiver:
         self._series, self._keep = series, keep
         self._taking, self._looking, self._look = threading.Lock(), threading.Lock(), threading.Thread()
         self._again_at = self._wait_until = float("-inf")
+        self._not_before: dict[str, float] = {}
 
     def look(self) -> None:
         """Make labels of the SEGs others stored in the PACS; its first seconds are waited for, not minutes."""
@@ -84,13 +88,14 @@ class LabelReceiver:
         try:
             for finding in self._known.find(self._series(), self._labels.structures(), study):
                 with self._taking:
-                    if not self._known.knows(finding):
+                    if not self._known.knows(finding) and self._not_before.get(finding.instance, 0.0) <= started:
                         self._take(finding)
-        except PacsError as error:
+        except (PacsError, OSError) as error:
             self._labels.warn_once(f"corrections stored in the PACS cannot be looked for: {error}")
-        if study is None:
-            now = time.monotonic()
-            self._again_at = now + pause_after(now - started, SEEN_S)
+        finally:
+            if study is None:
+                now = time.monotonic()
+                self._again_at = now + pause_after(now - started, SEEN_S)
 
     def _take(self, finding: Finding) -> None:
         """Make a label of one SEG: the final one if it is the newest, or else one of the versions."""
@@ -102,14 +107,19 @@ class LabelReceiver:
             stack = self._files.stack(finding.image)
             labels = read_seg(self._client.instance(finding.study, finding.series, finding.instance), stack)
             self._make(finding, labels, stack)
+        except (PacsUnreachable, OSError):  # or a full disk: all of them another time
+            raise
+        except PacsError as error:
+            self._wait(finding, str(error))
         except (LabelError, CaseError, GeometryError) as error:
             self._refuse(finding, str(error))
         except HTTPException as error:
-            if error.status_code >= 500:  # the PACS does not answer: another time
-                raise PacsError(str(error.detail)) from error
-            self._refuse(finding, str(error.detail))
-        except OSError:  # a full disk: another time
-            raise
+            if error.status_code == HTTPStatus.SERVICE_UNAVAILABLE:
+                raise PacsUnreachable(str(error.detail)) from error
+            if error.status_code >= 500:
+                self._wait(finding, str(error.detail))
+            else:
+                self._refuse(finding, str(error.detail))
         except Exception as error:  # of one whose like nobody has seen; the others are taken all the same
             self._refuse(finding, f"it cannot be read ({type(error).__name__})")
         else:
@@ -147,6 +157,11 @@ class LabelReceiver:
             path = Path(folder) / "label.nii.gz"
             write_nifti(path, stack.from_slices(array), stack.grid)
             self._keep(finding.image, path, info, finding.created)
+
+    def _wait(self, finding: Finding, reason: str) -> None:
+        """Look at a SEG another time, and go on to the others: the PACS does not give it, or its series, just now."""
+        self._not_before[finding.instance] = time.monotonic() + WAITS_S
+        self._labels.warn_once(f"the SEG {finding.instance} in the PACS waits: {reason}")
 
     def _refuse(self, finding: Finding, reason: str) -> None:
         self._known.note(finding.series, finding.instance, REFUSED, finding.image, reason)

@@ -163,7 +163,8 @@ class Offers:
 
     def _own(self, asked: _Asked, cases: Sequence[str], leases: dict[str, Lease]) -> Offer | None:
         """Return the case the client has had longest: nothing else waits. Clients without a name are one client."""
-        skipped = asked.request.get("skip") or []
+        skip = asked.request.get("skip")
+        skipped = skip if isinstance(skip, list) else []
         own = [leases[image] for image in cases if image in leases and leases[image].client == asked.client]
         best = min(own, key=lambda lease: (lease.image in skipped, lease.until), default=None)
         if best is None:

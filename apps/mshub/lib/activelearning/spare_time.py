@@ -12,10 +12,11 @@ import hashlib
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any, Protocol
 
 from fastapi import HTTPException
@@ -27,7 +28,7 @@ from lib.activity import Activity
 from lib.conf import Config
 from lib.datastore import StudiesFolder
 from mshub.case_index import Batch
-from mshub.errors import Interrupted, MSHubError
+from mshub.errors import Interrupted, MSHubError, PredictionError
 from mshub.jobs import Jobs
 from mshub.nnunet.sliding_window import Check
 from mshub.store import ModelStore, ModelVersion
@@ -37,6 +38,8 @@ logger = logging.getLogger(__name__)
 IDLE_S, BETWEEN_S, PAUSE_S, TROUBLE_S = 30.0, 2.0, 20.0, 60.0
 """Seconds without a request until cases are looked at, until a batch goes on; between looks for work; after trouble."""
 HOUR_S, DAY_S = 3600.0, 86400.0
+TRIES = 3
+"""So often a case is tried that meets with trouble which may not be its own; one to look at rests for a day then."""
 INTEREST_DAYS = 14
 """Cases are looked at for models that somebody used in so many days."""
 
@@ -99,6 +102,8 @@ class SpareTime(threading.Thread):
         self._ended, self._woken = threading.Event(), threading.Event()
         self._spent: deque[tuple[float, float]] = deque()
         self._doing: dict[str, Any] | None = None
+        self._tries: Counter[tuple[object, ...]] = Counter()
+        self._aside: dict[tuple[object, ...], float] = {}
 
     def run(self) -> None:
         """Work until `stop`."""
@@ -111,10 +116,10 @@ class SpareTime(threading.Thread):
                 pause = self.once()
             except (MSHubError, HTTPException) as error:  # the PACS does not answer, a file is locked
                 logger.info("no case is looked at now: %s", _reason_of(error))
-                pause = TROUBLE_S
+                is_recovered, pause = False, TROUBLE_S
             except Exception:  # whatever it is, the server goes on and so does this
                 logger.exception("looking at cases failed; it is tried again")
-                pause = TROUBLE_S
+                is_recovered, pause = False, TROUBLE_S
             self._woken.wait(pause)
             self._woken.clear()
 
@@ -160,15 +165,15 @@ class SpareTime(threading.Thread):
             if reason is None:
                 with self._shown(batch.model, image, "prelabelling"):
                     self._look.prelabel(version, image, self._check)
-        except (MSHubError, HTTPException, OSError) as error:
+        except Exception as error:
             return self._broke_off(batch, image, error)
         index.finish_item(batch.id, image, "skipped" if reason else "done", reason or "")
         return 0.0
 
     def _broke_off(self, batch: Batch, image: str, error: Exception) -> float:
-        """Let an image wait again that was interrupted, or whose PACS does not answer; others have failed."""
-        status, reason = _status_of(error), _reason_of(error)
-        if status >= 500:
+        """Let an image wait again for which another time is worth a try; others have failed."""
+        reason = _reason_of(error)
+        if self._is_worth_a_try(error, batch.id, image):
             self._casebook.index.recover()
             logger.info("%s waits: %s", image, reason)
             return BETWEEN_S if _is_interrupted(error) else TROUBLE_S
@@ -195,7 +200,7 @@ class SpareTime(threading.Thread):
             states = self._casebook.index.states(model, version.version)
             waiting = _sample(unlabelled({"modalities": self._modalities(version)}, datastore), self._config.idle_cases)
             for image in waiting:
-                if states.get(image) != image_state(datastore, image):
+                if states.get(image) != image_state(datastore, image) and not self._is_aside(version, image):
                     yield _Task(version, image, self._look.measure)
             yield from self._unlooked(version, datastore, states)
 
@@ -207,7 +212,8 @@ class SpareTime(threading.Thread):
         for image in labelled({}, datastore):
             label, _ = known.get(image, ("", {}))
             reviewed = datastore.get_label_info(image, FINAL).get("reviewed") or names
-            in_vain = image in failed and states[image] == image_state(datastore, image)
+            in_vain = self._is_aside(version, image)
+            in_vain |= image in failed and states[image] == image_state(datastore, image)
             if names.intersection(reviewed) and label != label_state(datastore, image) and not in_vain:
                 yield _Task(version, image, self._look.compare)
 
@@ -222,14 +228,34 @@ class SpareTime(threading.Thread):
         try:
             with self._shown(task.version.model_id, task.image, "looking"):
                 task.act(task.version, task.image, self._check_idle)
-        except (MSHubError, HTTPException, OSError) as error:
+        except Exception as error:
             if _is_interrupted(error):
                 return
-            if _status_of(error) >= 500:
+            key = _key(task.version, task.image)
+            if self._is_worth_a_try(error, *key):
                 raise
-            self._cannot(task, _reason_of(error))
+            if _is_trouble(error):
+                logger.warning("%s: %s is left alone for a day: %s", task.version.model_id, task.image, error)
+                self._aside[key] = time.monotonic() + DAY_S
+            else:
+                self._cannot(task, _reason_of(error))
         finally:
             self._spent.append((time.monotonic(), time.monotonic() - started))
+
+    def _is_worth_a_try(self, error: Exception, *key: object) -> bool:
+        """Return whether the same may go well another time: that is seen a few times, or whenever the PACS answers."""
+        if _is_interrupted(error) or _status_of(error) == HTTPStatus.SERVICE_UNAVAILABLE:
+            return True
+        if not _is_trouble(error):
+            return False
+        self._tries[key] += 1
+        if self._tries[key] < TRIES:
+            return True
+        del self._tries[key]
+        return False
+
+    def _is_aside(self, version: ModelVersion, image: str) -> bool:
+        return self._aside.get(_key(version, image), 0.0) > time.monotonic()
 
     def _cannot(self, task: _Task, reason: str) -> None:
         """Note that an image cannot be looked at, so that it is not tried again and again."""
@@ -263,9 +289,24 @@ def _sample(images: Sequence[str], most: int) -> list[str]:
     return sorted(images, key=lambda image: hashlib.sha256(image.encode()).digest())[:most]
 
 
-def _is_interrupted(error: Exception) -> bool:
+def _key(version: ModelVersion, image: str) -> tuple[str, str, str]:
+    return version.model_id, version.version, image
+
+
+def _is_trouble(error: Exception) -> bool:
+    """Return whether it may be the machine's or the PACS' fault, such as a GPU that fails, and not the image's."""
+    if not isinstance(error, MSHubError | HTTPException | OSError) or _status_of(error) >= 500:
+        return True
+    return PredictionError.code in (getattr(error, "code", ""), _code_in(error))
+
+
+def _code_in(error: Exception) -> str:
     headers = getattr(error, "headers", None) or {}
-    return isinstance(error, Interrupted) or headers.get("X-MSHub-Error") == Interrupted.code
+    return str(headers.get("X-MSHub-Error", ""))
+
+
+def _is_interrupted(error: Exception) -> bool:
+    return isinstance(error, Interrupted) or _code_in(error) == Interrupted.code
 
 
 def _status_of(error: Exception) -> int:

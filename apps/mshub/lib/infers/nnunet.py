@@ -289,11 +289,12 @@ def _description(card: ModelCard, version: ModelVersion) -> str:
 
 def _facts(card: ModelCard, version: ModelVersion, store: ModelStore) -> dict[str, Any]:
     described = structures(version.record["labels"], card.structures)
+    versions = store.readable_versions(version.model_id)
     return {
         "title": card.title,
         "target": card.target,
         "colours": {name: list(structure.colour) for name, structure in described.items()},
-        "versions": [_version_facts(other, version.version, store) for other in store.versions(version.model_id)],
+        "versions": [_version_facts(other, version.version, store) for other in versions],
         "version": version.version,
         "modality": card.modality,
         "site": card.site,

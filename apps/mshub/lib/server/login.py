@@ -229,7 +229,10 @@ class Login:
         """Return the token of a new login; whoever guesses has to wait longer and longer."""
         guards, address = self._guards(), network_of(request)
         key = f"{name[:64]}@{address}"
-        if (wait := guards.strangers.attempt(address) or guards.guesses.attempt(key)) > 0:
+        wait = guards.strangers.attempt(address)
+        if not wait and (wait := guards.guesses.attempt(key)):
+            guards.strangers.take_back(address)  # no password is tried
+        if wait > 0:
             seconds = math.ceil(wait)
             raise HTTPException(
                 429, f"Too many wrong passwords; try again in {seconds} s.", headers={"Retry-After": str(seconds)}

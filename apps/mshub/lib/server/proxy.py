@@ -63,9 +63,17 @@ async def pass_on(request: Request, path: str) -> Response:
     )
 
 
+def _readable(encodings: str) -> str:
+    """Return what remains of a browser's encodings: descriptions are read here, before they are passed on."""
+    kept = [one.strip() for one in encodings.split(",") if one.partition(";")[0].strip() in ("gzip", "deflate")]
+    return ", ".join(kept) or "identity"
+
+
 async def _asked(request: Request, address: str) -> httpx.Response:
     """Send the request; once more where the PACS was just closing the connection, idle until then."""
     headers = {name: request.headers[name] for name in _SENT if name in request.headers}
+    if "accept-encoding" in headers:
+        headers["accept-encoding"] = _readable(headers["accept-encoding"])
     if request.method == "POST":
         sent = _client().build_request("POST", address, headers=headers, content=request.stream())
         return await _client().send(sent, stream=True)

@@ -83,6 +83,8 @@ def infer(
         raise HTTPException(404, f"There is no image {image!r} in the datastore.")
     if session_id and not session_exists(session_id):
         raise HTTPException(404, f"The session {session_id!r} does not exist or has expired; create it again.")
+    if isinstance(output, DicomResult) and (file or session_id):
+        raise HTTPException(400, f"output={output.value} is made of a series of the PACS: ask with ?image=ID alone.")
     rename(file, "image")
     try:
         if isinstance(output, DicomResult):
