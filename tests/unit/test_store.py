@@ -6,6 +6,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -335,6 +336,49 @@ def test_a_promotion_whose_history_was_not_written_can_be_rolled_back(store: Mod
     publish(store, "two")
     (store.home / "models" / "tiny" / "current").write_text("v2\n")
     assert store.rollback("tiny").version == "v1"
+
+
+def test_a_rollback_whose_history_was_not_written_never_leads_back_to_what_was_rolled_back(store: ModelStore) -> None:
+    publish(store, "one")
+    publish(store, "two")
+    store.promote("tiny", "v2", "better")
+    (store.home / "models" / "tiny" / "current").write_text("v1\n")  # then the disk was full
+    with pytest.raises(StoreError, match="nothing to go back to"):
+        store.rollback("tiny")
+    assert store.current("tiny").version == "v1"
+
+
+def test_a_line_of_the_history_that_was_broken_off_spoils_no_other(store: ModelStore) -> None:
+    publish(store, "one")
+    publish(store, "two")
+    publish(store, "three")
+    store.promote("tiny", "v2", "better")
+    history = store.home / "models" / "tiny" / "history.jsonl"
+    with history.open("a") as stream:
+        stream.write('{"time": "2026-11-27T00:0')
+    store.promote("tiny", "v3", "better still")
+    assert [step["to"] for step in store.history("tiny")] == ["v1", "v2", "v3"]
+    assert store.rollback("tiny").version == "v2"
+
+
+def test_the_number_of_a_version_that_was_removed_is_not_given_again(store: ModelStore) -> None:
+    publish(store, "one")
+    removed = publish(store, "two")
+    store.promote("tiny", "v2", "better")
+    store.rollback("tiny")
+    shutil.rmtree(removed.path)
+    assert publish(store, "three").version == "v3"
+
+
+def test_an_old_version_that_cannot_be_read_is_left_out_of_what_is_shown(store: ModelStore) -> None:
+    old = publish(store, "one")
+    publish(store, "two")
+    store.promote("tiny", "v2", "better")
+    (old.path / "version.json").chmod(0o644)
+    (old.path / "version.json").write_text("{")
+    assert [version.version for version in store.readable_versions("tiny")] == ["v2"]
+    with pytest.raises(StoreError):
+        store.versions("tiny")
 
 
 # -- checking -----------------------------------------------------------------------------------------------------

@@ -334,6 +334,18 @@ def test_failures_of_long_ago_are_forgotten() -> None:
     assert throttle.attempt("ada") == 1
 
 
+def test_people_who_mistype_once_a_day_never_add_up() -> None:
+    time = 0.0
+    throttle = Throttle(free=50, longest_s=10.0, now=lambda: time)
+    for _ in range(200):
+        for person in range(30):
+            assert throttle.attempt("the clinic") == 0
+            if person > 2:  # the others, with the right password
+                throttle.take_back("the clinic")
+            time += 4.0
+        time += 86400.0 - 30 * 4.0
+
+
 def test_of_many_attempts_at_once_no_more_are_free() -> None:
     throttle = Throttle()
     with ThreadPoolExecutor(16) as threads:

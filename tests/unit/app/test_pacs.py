@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from lib.activelearning.case_look import CaseLook
 from lib.activelearning.offers import unlabelled
 from lib.exports import export_label
 from lib.pacs import PacsStudies
+from lib.pacs_errors import PacsError, PacsUnreachable
 from mshub.card_tables import Channel
 from mshub.dicom_derived import Algorithm, Facts
 from mshub.dicom_seg import read_seg, write_seg
@@ -664,6 +666,81 @@ def test_a_server_that_ended_before_the_label_was_sent_sends_it_when_it_is_back(
     again = open_pacs(remote)
     assert sent_again(again)["stored"]
     assert len([item for item in remote.objects if item.Modality == "SEG"]) == 1
+
+
+def test_a_pacs_that_goes_away_while_it_sends_a_correction_loses_none(
+    open_pacs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = FakePacs(MAKER.slices(), [seg(tmp_path)])
+    pacs = open_pacs(remote)
+    pacs.get_image_uri(MAKER.uid)
+
+    def away(*_: str) -> None:
+        raise PacsUnreachable("It does not answer.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(remote, "instance", away)
+        assert pacs.take_in(MAKER.uid) == []
+        assert pacs.get_labels_by_image_id(MAKER.uid) == {}
+    assert pacs.take_in(MAKER.uid) == []
+    assert set(pacs.get_labels_by_image_id(MAKER.uid)) == {"final"}
+
+
+@pytest.mark.parametrize("asked", ["instance", "instances"])
+def test_a_correction_the_pacs_does_not_give_holds_back_no_other(
+    open_pacs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    older, newer = seg(tmp_path, hour="090000"), seg(tmp_path, hour="110000")
+    remote = FakePacs(MAKER.slices(), [older], [newer])
+    pacs, give = open_pacs(remote), getattr(remote, asked)
+
+    def odd(*names: str) -> Any:
+        if str(older.SeriesInstanceUID) in names:
+            raise PacsError("500")
+        return give(*names)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(remote, asked, odd)
+        assert pacs.take_in(MAKER.uid) == []
+        assert set(pacs.get_labels_by_image_id(MAKER.uid)) == {"final"}
+    monkeypatch.setattr(pacs._receiver, "_not_before", {})  # ten minutes later
+    assert pacs.take_in(MAKER.uid) == []
+    assert set(pacs.get_labels_by_image_id(MAKER.uid)) == {"final", "version_1"}
+    assert pacs.get_label_info(MAKER.uid, "final")["pacs"]["SOPInstanceUID"] == newer.SOPInstanceUID
+
+
+def test_corrections_that_were_refused_because_the_pacs_was_away_are_looked_at_again(
+    open_pacs: Any, tmp_path: Path
+) -> None:
+    found = seg(tmp_path)
+    notes = {"outcome": "refused", "image": MAKER.uid, "reason": "it cannot be read (PacsUnreachable)"}
+    (tmp_path / "copies").mkdir()
+    known = {str(found.SeriesInstanceUID): {"instances": {str(found.SOPInstanceUID): notes}}}
+    (tmp_path / "copies" / "segs.json").write_text(json.dumps(known))
+    pacs = open_pacs(FakePacs(MAKER.slices(), [found]))
+    assert pacs.take_in(MAKER.uid) == []
+    assert set(pacs.get_labels_by_image_id(MAKER.uid)) == {"final"}
+
+
+def test_a_label_submitted_while_an_older_one_is_read_stays_the_final_one(
+    open_pacs: Any, label: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = seg(tmp_path)
+    found.ContentDate = "20200101"
+    pacs = open_pacs(FakePacs(MAKER.slices(), [found]))
+    tag_for, asked = pacs._tag_for, []
+
+    def submitted_meanwhile(image: str, made: Any) -> str:
+        asked.append(tag := tag_for(image, made))
+        if len(asked) == 1:
+            pacs.save_label(MAKER.uid, str(label), "final", LABEL_INFO)
+        return tag
+
+    monkeypatch.setattr(pacs, "_tag_for", submitted_meanwhile)
+    pacs.take_in(MAKER.uid)
+    assert asked[0] == "final"
+    assert pacs.get_label_info(MAKER.uid, "final")["client_id"] == "dr"
+    assert pacs.get_label_info(MAKER.uid, "version_1")["client_id"] == "Dr Else"
 
 
 def test_a_request_does_not_wait_for_all_corrections_a_pacs_ever_had(

@@ -55,6 +55,17 @@ def fine(request: httpx.Request) -> httpx.Response:
     )
 
 
+@pytest.mark.parametrize(
+    ("asked", "passed_on"),
+    [("gzip, deflate, br, zstd", "gzip, deflate"), ("br;q=1.0, gzip;q=0.8", "gzip;q=0.8"), ("zstd", "identity")],
+)
+def test_only_what_is_read_here_may_be_compressed(
+    viewer: Callable[..., TestClient], seen: list[httpx.Request], asked: str, passed_on: str
+) -> None:
+    viewer(fine).get("/proxy/dicom/studies", headers={"Accept-Encoding": asked})
+    assert seen[-1].headers["accept-encoding"] == passed_on
+
+
 @pytest.mark.parametrize("service", ["", "qido/", "wado/"])
 def test_a_search_arrives_with_its_query_and_our_credentials(
     viewer: Callable[..., TestClient], seen: list[httpx.Request], service: str

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,9 @@ from lib.activelearning.case_look import CaseLook
 from lib.activelearning.spare_time import SpareTime
 from lib.app import MSHubApp
 from lib.conf import Config
-from mshub.errors import Interrupted, MSHubError
+from mshub.errors import Interrupted, MSHubError, PredictionError
 from mshub.nnunet.engine import Engine
-from mshub.store import ModelStore
+from mshub.store import ModelStore, ModelVersion
 from mshub.uncertainty import Uncertainty
 from mshub.volume_io import read_volume, write_volume
 
@@ -273,6 +275,67 @@ def test_a_batch_takes_the_cases_in_the_order_of_the_strategy(app: MSHubApp, spa
     spare.once()
     assert prelabelled(app) == set(order[:2])
     assert app.active_learning.prelabels.all()[0]["state"] == "done"
+
+
+@pytest.mark.parametrize(
+    "error", [HTTPException(502, "fewer slices than listed"), MemoryError(), PredictionError("the GPU is gone")]
+)
+def test_trouble_of_one_case_holds_up_no_others(
+    app: MSHubApp, spare: SpareTime, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    tried, prelabel = Counter[str](), spare._look.prelabel
+
+    def odd(version: ModelVersion, image: str, check: Any) -> None:
+        tried[image] += 1
+        if image == "a":
+            raise error
+        prelabel(version, image, check)
+
+    monkeypatch.setattr(spare._look, "prelabel", odd)
+    batch = batch_of(app, strategy="first")["id"]
+    for _ in range(6):
+        time.sleep(0.01)
+        spare.once()
+    assert app.active_learning.prelabels.status(batch)["state"] == "done"
+    assert prelabelled(app) == {"b", "c"}
+    assert tried == {"a": 3, "b": 1, "c": 1}
+
+
+@pytest.mark.parametrize("error", [HTTPException(502, "fewer slices than listed"), PredictionError("the GPU is gone")])
+def test_a_case_that_meets_with_trouble_is_left_alone_and_not_called_bad(
+    app: MSHubApp, spare: SpareTime, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    measure = spare._look.measure
+
+    def odd(version: ModelVersion, image: str, check: Any) -> None:
+        if image == "a":
+            raise error
+        measure(version, image, check)
+
+    monkeypatch.setattr(spare._look, "measure", odd)
+    for _ in range(8):
+        with suppress(Exception):
+            spare.once()
+    assert known(app) == {"b", "c"}
+    assert app.active_learning.casebook.index.failures("tiny", "v1") == {}
+
+
+def test_a_case_waits_as_long_as_the_pacs_is_away(
+    app: MSHubApp, spare: SpareTime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: Any) -> None:
+        raise HTTPException(503, "The PACS does not answer.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(spare._look, "prelabel", away)
+        batch = batch_of(app, images=["a"])["id"]
+        for _ in range(9):
+            time.sleep(0.01)
+            spare.once()
+        assert app.active_learning.prelabels.status(batch)["counts"]["waiting"] == 1
+    time.sleep(0.01)
+    spare.once()
+    assert prelabelled(app) == {"a"}
 
 
 def test_chosen_cases_only_and_those_done_already_are_passed_over(app: MSHubApp, spare: SpareTime) -> None:
