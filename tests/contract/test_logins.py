@@ -99,9 +99,13 @@ def test_the_audit_log_tells_of_sessions_offers_and_who_is_guessed_at(ward: Site
         assert script.delete(f"/session/{session}").status_code == 200
     for name in ("ada.guessed", "grace.guessed"):
         httpx.post(f"{ward.server.url}/auth/token", data={"username": name, "password": "wrong"})
+    hashed, until = audit.AuditLog(ward.home).hashed, time.monotonic() + 10
     log = (ward.home / "logs" / "audit.jsonl").read_text()
+    while hashed("grace.guessed") not in log and time.monotonic() < until:  # a line is written after the answer
+        time.sleep(0.05)
+        log = (ward.home / "logs" / "audit.jsonl").read_text()
     assert not [name for name in (session, "ada.guessed") if name in log]
-    lines, hashed = [json.loads(line) for line in log.splitlines()], audit.AuditLog(ward.home).hashed
+    lines = [json.loads(line) for line in log.splitlines()]
     offers = [line["image"] for line in lines if line["action"] == "POST /activelearning/{strategy}"]
     assert offers[-1] == hashed(offered)
     told = [(line["action"].split()[0], line.get("image")) for line in lines if line.get("session") == hashed(session)]

@@ -20,6 +20,7 @@ import torch
 import mshub
 from dicom_series_factory import SeriesMaker
 from factories import make_image, make_model_folder, odd_grids
+from mshub import cli
 from mshub.audit_line import audit_file
 from mshub.catalogue import Catalogue, draft_card
 from mshub.cli import main
@@ -548,6 +549,22 @@ def test_a_training_whose_process_died_says_so(
     result = run("finetune", "tiny", *FOLDERS)
     assert result.code == 1
     assert result.err.splitlines()[-1] == "mshub: The training ended as interrupted; see its log."
+
+
+def test_who_stops_a_training_stops_it_whatever_was_done_just_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    class Stopping:
+        def progress(self) -> dict[str, Any]:
+            if not asked:
+                raise KeyboardInterrupt
+            return {"state": "stopped"}
+
+        def ask_to_stop(self) -> None:
+            asked.append("stop")
+
+    assert cli._follow(Stopping()) == {"state": "stopped"}
+    assert asked == ["stop"]
 
 
 def test_a_model_is_not_trained_twice_at_once(

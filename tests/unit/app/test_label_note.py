@@ -77,6 +77,23 @@ def test_a_label_whose_index_was_not_written_has_its_own_names(
     assert leave(tmp_path, studies) == []
 
 
+def test_a_label_whose_process_was_killed_has_its_own_names_in_another(
+    studies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, batch = opened(studies), opened(studies)
+    submit(batch, 5, liver=1, spleen=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(IndexJournal, "append", fail)
+        with pytest.raises(Killed):
+            submit(batch, 7, liver=2, spleen=1)
+    batch._lock.release(force=True)  # as a killed process does
+    (tmp_path / "copy").mkdir()
+    copy, info = server.copy_label("ct", "final", tmp_path / "copy")
+    assert copy is not None
+    assert copy.read_bytes() == (tmp_path / "submitted.nii.gz").read_bytes()
+    assert {segment["name"]: segment["idx"] for segment in info["label_info"]} == {"liver": 2, "spleen": 1}
+
+
 @pytest.mark.parametrize("copies", [0, 1])
 def test_a_label_that_was_not_stored_leaves_the_old_one_and_its_names(
     studies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copies: int

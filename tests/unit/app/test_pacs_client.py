@@ -154,6 +154,24 @@ def test_a_series_whose_number_of_instances_is_none_hides_no_other(
     assert [item.get("NumberOfSeriesRelatedInstances") for item in found] == [None, 7]
 
 
+@pytest.mark.parametrize("number", ["1.5", "", "abc", None, {"a": 1}])
+def test_a_series_with_an_attribute_nobody_can_read_hides_no_other(
+    pacs: Callable[[Answer], PacsClient], number: Any
+) -> None:
+    listed = [
+        {
+            "0020000D": {"vr": "UI", "Value": ["1.2"]},
+            "0020000E": {"vr": "UI", "Value": [uid]},
+            "00200011": {"vr": "IS", "Value": [one]},
+            "00080060": {"vr": "CS", "Value": ["CT"]},
+        }
+        for uid, one in (("1.2.3", number), ("1.2.4", 7))
+    ]
+    found = pacs(sends(json.dumps(listed).encode())).series(Modality="CT")
+    assert [(item.SeriesInstanceUID, item.Modality) for item in found] == [("1.2.3", "CT"), ("1.2.4", "CT")]
+    assert found[1].SeriesNumber == 7
+
+
 def test_a_connection_that_was_just_closed_is_opened_again(pacs: Callable[[Answer], PacsClient]) -> None:
     asked: list[int] = []
 

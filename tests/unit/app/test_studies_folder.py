@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -317,6 +318,36 @@ def test_a_refused_label_is_kept_aside_and_nothing_is_replaced(
     assert message in json.loads(kept[1].read_text())["reason"]
     assert Path(datastore.get_label_uri("ct", "final")).read_bytes() == good.read_bytes()
     assert set(datastore.get_labels_by_image_id("ct")) == {"final"}
+
+
+def test_an_image_that_is_a_link_is_removed_and_what_it_leads_to_stays(studies: Path, tmp_path: Path) -> None:
+    original = make_image(tmp_path / "archive" / "scan.nii.gz", SHAPE)
+    (studies / "linked.nii.gz").symlink_to(original)
+    datastore = open_folder(studies)
+    datastore.remove_image("linked")
+    assert original.is_file()
+    assert not (studies / "linked.nii.gz").is_symlink()
+    assert "linked" not in datastore.list_images()
+
+
+def test_channels_that_are_links_are_all_there(studies: Path, tmp_path: Path) -> None:
+    for number, name in enumerate(("flair", "t1")):
+        original = make_image(tmp_path / "archive" / f"BRATS_001_{name}.nii.gz", SHAPE)
+        (studies / f"p1_000{number}.nii.gz").symlink_to(original)
+    assert [path.name for path in open_folder(studies).channels("p1")] == ["p1_0000.nii.gz", "p1_0001.nii.gz"]
+
+
+def test_an_image_that_gets_its_name_when_it_is_whole_is_seen_and_one_that_is_renamed(studies: Path) -> None:
+    datastore = StudiesFolder(str(studies), lambda: ("liver",), studies.parent / "refused", auto_reload=True)
+    make_image(studies / "whole.nii.gz", SHAPE).rename(studies / ".rsynced.nii.gz.AbCd")
+    time.sleep(0.5)  # it came and went
+    for old, new in ((".rsynced.nii.gz.AbCd", "rsynced.nii.gz"), ("rsynced.nii.gz", "renamed.nii.gz")):
+        (studies / old).rename(studies / new)
+        image, until = new.removesuffix(".nii.gz"), time.monotonic() + 10
+        while image not in datastore.list_images() and time.monotonic() < until:
+            time.sleep(0.05)
+        assert image in datastore.list_images()
+    assert "rsynced" not in datastore.list_images()
 
 
 def test_a_refusal_does_not_speak_of_the_name_of_a_temporary_file(datastore: StudiesFolder, studies: Path) -> None:

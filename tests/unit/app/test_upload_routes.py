@@ -38,6 +38,13 @@ def put(server: TestClient, name: str, content: bytes, query: str = "") -> httpx
     return server.put(f"/datastore/image{query}", files={"file": (name, content)})
 
 
+def test_a_dicom_answer_is_of_a_series_and_of_nothing_that_was_sent(server: TestClient, scan: bytes) -> None:
+    session = server.put("/session/", files={"files": ("a.nii.gz", scan)}).json()["session_id"]
+    for asked, files in (({"session_id": session}, {}), ({}, {"file": ("a.nii.gz", scan)})):
+        answer = server.post("/infer/tiny", params={"image": "a", "output": "dicom_seg", **asked}, files=files)
+        assert "ask with ?image=ID alone" in refused(answer, 400, "bad-request")
+
+
 def test_ids_are_whole_names_and_do_not_collapse_at_a_dot(server: TestClient, clinic: MSHubApp, scan: bytes) -> None:
     for name in ("1.2.840.1.nii.gz", "1.2.840.2.nii.gz"):
         assert put(server, name, scan).json() == {"image": name.removesuffix(".nii.gz")}
