@@ -5,8 +5,9 @@
 
 A server with users, four people who send a request every second or so, of all kinds, some refused, some given up before
 they are answered. Once a minute it is noted what the server and its children hold. After a quarter of the time, in
-which caches fill, the median of the first third of what is left is compared with that of the last third: none may have
-grown by more than 5 %. Figures: bench/out/reliability/soak.json.
+which caches fill, the mean of the first third of what is left is compared with that of the last third: none may have
+grown by more than 5 %, and by half of one. (A median of a dozen threads jumps by 9 % with a single one that half of the
+looks happen to find; files that are on their way are a tenth of one.) Figures: bench/out/reliability/soak.json.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from statistics import median
+from statistics import fmean
 from typing import Any
 
 import psutil
@@ -26,7 +27,8 @@ import psutil
 from arena import MIB, Arena, arena, conclude, table
 from traffic import Journal, Person, crowd, kinds_of, latencies, percentile
 
-MOST_GROWTH = 0.05
+MOST_GROWTH, NOISE = 0.05, 0.5
+"""Of it all, and of a thread or a file: less is none."""
 PEOPLE = 4
 PAUSE_S = 1.0
 HANG_UP_EVERY = 20
@@ -109,16 +111,17 @@ def watched(place: Arena, people: Sequence[Person], minutes: float, every_s: flo
 
 
 def growth(held: Sequence[float]) -> dict[str, float]:
-    """Return medians of early and late, a first quarter left out, and by how many per cent the late one is more."""
+    """Return means of early and late, a first quarter left out, and by how many per cent the late one is more."""
     settled = held[len(held) // 4 :]
     third = max(1, len(settled) // 3)
-    early, late = median(settled[:third]), median(settled[-third:])
-    return {"early": early, "late": late, "percent": round(100 * (late - early) / max(early, 1), 1)}
+    early, late = fmean(settled[:third]), fmean(settled[-third:])
+    return {"early": round(early, 1), "late": round(late, 1), "percent": round(100 * (late - early) / max(early, 1), 1)}
 
 
 def holds(figures: dict[str, Any]) -> bool:
     """Return whether nothing grew, and nothing was lost."""
-    flat = all(found["percent"] <= 100 * MOST_GROWTH for found in figures["grown"].values())
+    grown = figures["grown"].values()
+    flat = all(one["percent"] <= 100 * MOST_GROWTH or one["late"] - one["early"] < NOISE for one in grown)
     return flat and not figures["wrong"] and not figures["labels_lost"]
 
 
