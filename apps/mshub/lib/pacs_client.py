@@ -27,7 +27,8 @@ logger = logging.getLogger(__name__)
 
 LIST = "list its series"
 QUIET_S = 2.0
-PAGE = 500
+PAGE, LEAST_PAGE = 500, 50
+"""How many series are asked for at a time; some PACS give fewer, and none so few that there are more."""
 AS_STORED = (("application/dicom", "*"),)
 """Any transfer syntax: a PACS that cannot decompress need not."""
 COUNT_TAG = "00201209"  # NumberOfSeriesRelatedInstances
@@ -85,7 +86,7 @@ class PacsClient:
                 listed = {_identity(item): item for item in map(_series, page)}
             new = {identity: item for identity, item in listed.items() if all(identity) and identity not in found}
             found |= new
-            if len(page) < PAGE or not new:  # a PACS that pays no heed to offset sends the same page again
+            if len(page) < LEAST_PAGE or not new:  # a PACS that pays no heed to offset sends the same page again
                 return list(found.values())
 
     def instances(self, study: str, series: str) -> list[Dataset]:

@@ -133,9 +133,26 @@ def test_what_is_no_answer_is_a_sentence(pacs: Callable[[Answer], PacsClient], a
 def test_a_pacs_that_knows_no_pages_is_asked_twice_not_for_ever(
     pacs: Callable[[Answer], PacsClient], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pacs_client, "PAGE", 1)
+    monkeypatch.setattr(pacs_client, "LEAST_PAGE", 1)
     one = b'[{"0020000D": {"vr": "UI", "Value": ["1.2"]}, "0020000E": {"vr": "UI", "Value": ["1.2.3"]}}]'
     assert [str(item.SeriesInstanceUID) for item in pacs(sends(one)).series(Modality="CT")] == ["1.2.3"]
+
+
+@pytest.mark.parametrize("most", [100, 500, 350])
+def test_all_series_are_listed_however_many_the_pacs_gives_at_a_time(
+    pacs: Callable[[Answer], PacsClient], most: int
+) -> None:
+    uids = [f"1.2.{number}" for number in range(350)]
+
+    def in_pages(handler: BaseHTTPRequestHandler) -> None:
+        first = int(parse_qs(urlsplit(handler.path).query).get("offset", ["0"])[0])
+        page = [
+            {"0020000D": {"vr": "UI", "Value": ["1.2"]}, "0020000E": {"vr": "UI", "Value": [uid]}}
+            for uid in uids[first : first + most]
+        ]
+        sends(json.dumps(page).encode())(handler)
+
+    assert [str(item.SeriesInstanceUID) for item in pacs(in_pages).series(Modality="CT")] == uids
 
 
 @pytest.mark.parametrize("count", ["many", "", "-3", "4.5", [], {}])
