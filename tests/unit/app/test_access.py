@@ -64,9 +64,10 @@ def cheap_hashes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Iterator[Path]:
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     path = tmp_path / "mshub-home"
     path.mkdir()
+    monkeypatch.setenv("MSHUB_HOME", str(path))
     yield path
     access._guards.pop(path, None)
 
