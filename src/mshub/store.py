@@ -122,27 +122,23 @@ class ModelStore:
         """Return the ids of models that have a readable current version, sorted; others are named in the log."""
         return sorted(path.parent.name for path in self._models.glob("*/current") if self._is_readable(path.parent))
 
-    def is_known(self, model_id: str) -> bool:
-        """Return whether a model is here, in whatever state, or could be: by its card."""
-        return (self._models / model_id).is_dir() or model_id in self.catalogue()
+    def holds(self, model_id: str) -> bool:
+        """Return whether a model is here, in whatever state."""
+        return (self._models / model_id).is_dir()
 
     def versions(self, model_id: str) -> list[ModelVersion]:
         """Return all versions of a model, oldest first; none for a model that is not installed."""
-        found = [
-            path for path in (self._models / model_id).glob("v*/version.json") if _VERSION.fullmatch(path.parent.name)
-        ]
-        return sorted((_read_version(path.parent) for path in found), key=lambda version: version.number)
+        return [_read_version(folder) for folder in self._version_folders(model_id)]
 
     def readable_versions(self, model_id: str) -> list[ModelVersion]:
         """Return the versions of a model, oldest first, without those whose record is damaged; the log names them."""
         found = list[ModelVersion]()
-        for path in (self._models / model_id).glob("v*/version.json"):
-            if _VERSION.fullmatch(path.parent.name):
-                try:
-                    found.append(_read_version(path.parent))
-                except StoreError as error:
-                    logger.warning("%s %s is left out: %s", model_id, path.parent.name, error)
-        return sorted(found, key=lambda version: version.number)
+        for folder in self._version_folders(model_id):
+            try:
+                found.append(_read_version(folder))
+            except StoreError as error:
+                logger.warning("%s %s is left out: %s", model_id, folder.name, error)
+        return found
 
     def version(self, model_id: str, version: str) -> ModelVersion:
         """Return one version.
@@ -307,6 +303,13 @@ class ModelStore:
         return chosen
 
     # -- private ------------------------------------------------------------------------------------------------
+
+    def _version_folders(self, model_id: str) -> list[Path]:
+        """Return the folders of a model's versions, oldest first."""
+        found = [path.parent for path in (self._models / model_id).glob("v*/version.json")]
+        return sorted(
+            (folder for folder in found if _VERSION.fullmatch(folder.name)), key=lambda folder: int(folder.name[1:])
+        )
 
     def _promotions(self, model_id: str) -> list[str]:
         """Return the versions promoted and not rolled back, each once in a row; the last one serves."""

@@ -85,13 +85,11 @@ class StudiesFolder(LabelFolder):
         HTTPException
             404 for an id that is not in the datastore, 422 for a gap in the channel numbers.
         """
-        return _beside(image_id, self._image_file(image_id))
+        return _beside(image_id, self._file_of(image_id, self._entry(image_id)))
 
-    def _image_file(self, image_id: str) -> Path:
+    def _file_of(self, image_id: str, entry: ImageLabelModel) -> Path:
         """Return the first file of an image as it is named in the folder: it may be a link to another name."""
-        self.get_image_uri(image_id)
-        entry = self._datastore.objects.get(image_id)
-        return Path(self._datastore.image_path()) / f"{image_id}{entry.image.ext if entry else ''}"
+        return Path(self._datastore.image_path()) / f"{image_id}{entry.image.ext}"
 
     def get_image_uri(self, image_id: str) -> str:
         """Return the path of an image's first channel; 404 for an id that is not in the datastore."""
@@ -414,7 +412,7 @@ class StudiesFolder(LabelFolder):
         if entry is None or tag not in entry.labels:
             raise CaseError("the image or its label was removed meanwhile")
         try:
-            images = _beside(image_id, Path(self._datastore.image_path()) / (image_id + entry.image.ext))
+            images = _beside(image_id, self._file_of(image_id, entry))
         except HTTPException as error:
             raise CaseError(error.detail) from error
         label = self._labels_folder / tag / (image_id + entry.labels[tag].ext)

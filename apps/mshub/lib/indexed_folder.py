@@ -313,10 +313,8 @@ class IndexedFolder(LocalDatastore):  # type: ignore[misc]
 
     def _on_any_event(self, event: FileSystemEvent) -> None:
         """Look at the folder again; whatever goes wrong, the thread that tells of changes goes on."""
-        try:
+        with _going_on("the folder of studies was not looked at again after a change"):
             super()._on_any_event(event)
-        except Exception:
-            logger.exception("the folder of studies was not looked at again after a change")
 
     def _on_moved(self, event: FileSystemEvent) -> None:
         """Look at the folder again where a file got its name, or another one: rsync names files when they are whole."""
@@ -324,17 +322,13 @@ class IndexedFolder(LocalDatastore):  # type: ignore[misc]
             self._on_any_event(event)
 
     def _on_modify_event(self, event: FileSystemEvent) -> None:
-        try:
+        with _going_on("what changed in the folder of studies was not taken in"):
             super()._on_modify_event(event)
-        except Exception:
-            logger.exception("what changed in the folder of studies was not taken in")
 
     def _take_in(self) -> None:
-        try:
+        with _going_on("what another process stored was not taken in"):
             if not self._journal.is_current():  # mostly it was this process, which need not wait for the lock
                 self._init_from_datastore_file()
-        except Exception:  # of a share that is away; the thread that tells of changes goes on
-            logger.exception("what another process stored was not taken in")
 
 
 class _Watch(PatternMatchingEventHandler):
@@ -352,6 +346,15 @@ class _Watch(PatternMatchingEventHandler):
 
     def on_moved(self, event: FileSystemEvent) -> None:
         self._tell()
+
+
+@contextmanager
+def _going_on(trouble: str) -> Iterator[None]:
+    """Log what goes wrong, such as a share that is away: the thread that tells of changes would end by it."""
+    try:
+        yield
+    except Exception:
+        logger.exception(trouble)
 
 
 def _names(folder: Path) -> set[str]:

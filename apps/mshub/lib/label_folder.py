@@ -107,9 +107,7 @@ class LabelFolder(IndexedFolder):
 
     def _note_of(self, image_id: str, path: Path, tag: str, info: dict[str, Any]) -> LabelNote:
         """Return what is about to be stored of a label."""
-        entry = self._datastore.objects.get(image_id)
-        if entry is None:
-            raise HTTPException(404, f"There is no image {image_id!r} in the datastore.")
+        entry = self._entry(image_id)
         ending, old, copy = ending_of(path.name) or path.suffix, entry.labels.get(tag), REPLACED
         labels = {tag: {"ext": ending, "info": plain({**info, "ts": int(time.time()), "name": image_id + ending})}}
         if old is not None and tag != DefaultLabelTag.ORIGINAL.value:
@@ -129,6 +127,13 @@ class LabelFolder(IndexedFolder):
             else:
                 self._abandon(note, known.labels)
         _remove(folder / NAME)
+
+    def _entry(self, image_id: str) -> ImageLabelModel:
+        """Return what the index says of an image; 404 for an id that is not in the datastore."""
+        entry: ImageLabelModel | None = self._datastore.objects.get(image_id)
+        if entry is None:
+            raise HTTPException(404, f"There is no image {image_id!r} in the datastore.")
+        return entry
 
     def _known_of(self, image: str) -> ImageLabelModel | None:
         """Return what is known of an image, also of one whose file is gone for a moment."""

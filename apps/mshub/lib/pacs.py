@@ -483,11 +483,11 @@ class PacsStudies(StudiesFolder):
             yield path
 
     def _keep_found(self, image_id: str, label: Path, info: dict[str, Any], made: datetime) -> None:
-        """Keep a label that was found in the PACS, and is not sent there: it is the final one if it is the newest."""
-        super().save_label(image_id, str(label), self._tag_for(image_id, made), {**info, MADE: made.isoformat()})
+        """Keep a label that was found in the PACS, and is not sent there; which one it is, `_store_label` decides."""
+        super().save_label(image_id, str(label), FINAL, {**info, MADE: made.isoformat()})
 
     def _store_label(self, image_id: str, path: Path, tag: str, info: dict[str, Any]) -> str:
-        """Store a label; of one that was found it is decided only now which it is: another may have been submitted."""
+        """Store a label; one that was found is the final one only if no newer one was submitted while it was read."""
         with self._lock:
             self._catch_up()
             if MADE in info:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -728,15 +729,15 @@ def test_a_label_submitted_while_an_older_one_is_read_stays_the_final_one(
     found = seg(tmp_path)
     found.ContentDate = "20200101"
     pacs = open_pacs(FakePacs(MAKER.slices(), [found]))
-    tag_for, asked = pacs._tag_for, []
+    look, asked = pacs._hints, []
 
-    def submitted_meanwhile(image: str, made: Any) -> str:
-        asked.append(tag := tag_for(image, made))
-        if len(asked) == 1:
+    def submitted_meanwhile(*given: Any) -> list[str]:
+        if not asked:
+            asked.append(pacs._tag_for(MAKER.uid, datetime(2020, 1, 1, tzinfo=timezone.utc)))
             pacs.save_label(MAKER.uid, str(label), "final", LABEL_INFO)
-        return tag
+        return look(*given)
 
-    monkeypatch.setattr(pacs, "_tag_for", submitted_meanwhile)
+    monkeypatch.setattr(pacs, "_hints", submitted_meanwhile)
     pacs.take_in(MAKER.uid)
     assert asked[0] == "final"
     assert pacs.get_label_info(MAKER.uid, "final")["client_id"] == "dr"

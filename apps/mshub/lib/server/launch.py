@@ -69,7 +69,7 @@ def check_models(config: Config, store: ModelStore) -> None:
         `models` names it; the message names similar ids.
     """
     for model in config.models:
-        if not store.is_known(model):
+        if not store.holds(model):
             store.catalogue().get(model)
 
 
