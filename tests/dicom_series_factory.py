@@ -118,7 +118,7 @@ class SeriesMaker:
         meta = FileMetaDataset()
         meta.TransferSyntaxUID = ExplicitVRLittleEndian
         meta.MediaStorageSOPClassUID = CLASSES[self.modality]
-        meta.MediaStorageSOPInstanceUID = generate_uid(entropy_srcs=["slice", self.name, str(k)])
+        meta.MediaStorageSOPInstanceUID = generate_uid(entropy_srcs=["slice ", self.name, " ", str(k)])
         dataset = FileDataset("", {}, file_meta=meta, preamble=bytes(128))
         dataset.is_little_endian, dataset.is_implicit_VR = True, False
         stored = (pixels_xy.T.astype(np.int32) + OFFSET).astype(np.uint16)
@@ -222,7 +222,7 @@ def segmentation(
     meta = FileMetaDataset()
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     meta.MediaStorageSOPClassUID = SEG_CLASS
-    meta.MediaStorageSOPInstanceUID = generate_uid(entropy_srcs=["seg", maker.name, name])
+    meta.MediaStorageSOPInstanceUID = generate_uid(entropy_srcs=["seg ", maker.name, " ", name])
     seg = FileDataset("", {}, file_meta=meta, preamble=bytes(128))
     seg.is_little_endian, seg.is_implicit_VR = True, False
     source = slices[0]
@@ -231,7 +231,7 @@ def segmentation(
     attributes = {
         "SOPClassUID": SEG_CLASS,
         "SOPInstanceUID": meta.MediaStorageSOPInstanceUID,
-        "SeriesInstanceUID": generate_uid(entropy_srcs=["seg series", maker.name, name]),
+        "SeriesInstanceUID": generate_uid(entropy_srcs=["seg series ", maker.name, " ", name]),
         "FrameOfReferenceUID": source.get("FrameOfReferenceUID", ""),
         "Modality": "SEG",
         "Manufacturer": "Another program",

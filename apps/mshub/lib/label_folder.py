@@ -17,6 +17,7 @@ from monailabel.interfaces.datastore import DefaultLabelTag
 
 from lib.faults import as_http_errors
 from lib.free_space import check_space
+from lib.index_entries import Entries
 from lib.index_file import plain
 from lib.indexed_folder import IndexedFolder
 from lib.label_note import NAME, LabelNote
@@ -34,11 +35,20 @@ _VERSION = re.compile(r"version_(\d+)")
 class LabelFolder(IndexedFolder):
     """Labels of images, each stored wholly or not at all; a label that is replaced stays as ``version_N``."""
 
+    changes_of_final = 0
+    """How often final labels came, went or became others, as far as it was noticed: who counts them looks here."""
+
     def __init__(self, path: str, auto_reload: bool, read_only: bool) -> None:
         extensions = [f"*{ending}" for ending in IMAGE_ENDINGS]
         super().__init__(path, extensions, auto_reload=auto_reload, read_only=read_only)
         if not read_only:
             self._settle_at_start()
+
+    def _apply(self, entries: Entries, absent: Entries) -> None:
+        known = self._datastore.objects
+        if any(_final(known.get(image)) != _final(entry) for image, entry in entries.items()):
+            self.changes_of_final += 1
+        super()._apply(entries, absent)
 
     def unfinished_in(self) -> list[Path]:
         """Return the folders in which files are written that are renamed once they are whole."""
@@ -191,6 +201,10 @@ class LabelFolder(IndexedFolder):
 def ending_of(name: str) -> str:
     """Return the ending of a volume's file name; empty if it is none."""
     return next((ending for ending in IMAGE_ENDINGS if name.endswith(ending)), "")
+
+
+def _final(entry: ImageLabelModel | None) -> DataModel | None:
+    return entry.labels.get(DefaultLabelTag.FINAL.value) if entry else None
 
 
 def _remove(*paths: Path) -> None:

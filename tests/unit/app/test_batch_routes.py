@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import psutil
 import pytest
 from fastapi.testclient import TestClient
+from monailabel.interfaces.tasks.batch_infer import BatchInferImageType
+from monailabel.utils.async_tasks import utils as tasks
 
 ODD = {
     "bundle_path": "/tmp/somewhere",
@@ -90,3 +97,53 @@ def test_what_is_asked_for_at_once_is_answered_at_once(server: TestClient) -> No
     found = server.post("/batch/infer/tiny?run_sync=true", json={"images": ["a"], "device": "cpu"})
     assert found.status_code == 200, found.text
     assert found.json()["a"]["params"]["label_names"] == {"liver": 1, "spleen": 2}
+
+
+@pytest.fixture
+def hurried_task(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """A task whose thread tells of its process all the time."""
+    request = {"images": [BatchInferImageType.IMAGES_ALL] * 50}
+    task: dict[str, Any] = {"id": "1", "request": request, "details": deque(maxlen=20)}
+    stop = threading.Event()
+
+    def follow() -> None:
+        while not stop.is_set():
+            task["details"].append("a line")
+            task["end_ts"] = "now"
+            sum(range(300))
+            del task["end_ts"]
+            sum(range(300))
+
+    for method in ("batch_infer", "scoring"):
+        monkeypatch.setitem(tasks.background_tasks, method, [task])
+        monkeypatch.setitem(tasks.background_processes, method, {})
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    thread = threading.Thread(target=follow)
+    thread.start()
+    yield task
+    stop.set()
+    thread.join()
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.parametrize("path", ["/batch/infer", "/batch/infer?all=true", "/scoring/"])
+def test_a_task_is_told_as_it_was_at_one_moment(server: TestClient, hurried_task: dict[str, Any], path: str) -> None:
+    """A batch that had just been started was answered with 500: MONAI Label changes its tasks while they are told."""
+    for _ in range(60):
+        answer = server.get(path)
+        assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize(("path", "method"), [("/batch/infer", "batch_infer"), ("/scoring/", "scoring")])
+@pytest.mark.parametrize("how", [lambda: psutil.NoSuchProcess(1), StopIteration])
+def test_what_ends_just_as_it_is_to_be_stopped_is_stopped(
+    server: TestClient, monkeypatch: pytest.MonkeyPatch, path: str, method: str, how: Callable[[], Exception]
+) -> None:
+    def stop(asked: str) -> None:
+        assert asked == method
+        raise how()
+
+    monkeypatch.setattr("monailabel.utils.async_tasks.task.stop_background_task", stop)
+    answer = server.delete(path)
+    assert (answer.status_code, answer.json()) == (200, None)

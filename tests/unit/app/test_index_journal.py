@@ -364,6 +364,24 @@ def test_a_server_that_watches_sees_what_a_batch_stores(studies: Path) -> None:
         server._observer.join()
 
 
+def test_folders_that_come_and_go_do_not_end_the_watch(studies: Path) -> None:
+    """A thread of watchdog 7.1 ends by such a `KeyError`, or by a warning that is an error."""
+    server = opened(studies, auto_reload=True)
+    try:
+        for number in range(200):
+            folder = studies / f"a{number % 3}" / f"b{number % 2}"
+            (folder / "c").mkdir(parents=True, exist_ok=True)
+            if number % 3 == 1:
+                folder.rename(folder.with_name(f"m{number}"))
+            if number % 5 == 4:
+                shutil.rmtree(folder.parent)
+        note(opened(studies), "a", 1)
+        assert within(10, lambda: noted(server)[0] == 1)
+    finally:
+        server._observer.stop()
+        server._observer.join()
+
+
 def within(seconds: float, is_so: Any) -> bool:
     end = time.monotonic() + seconds
     while not is_so() and time.monotonic() < end:

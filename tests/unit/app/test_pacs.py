@@ -774,6 +774,8 @@ def test_what_another_process_stores_is_seen_and_the_pacs_is_not_asked_for_it(
     until = time.monotonic() + 10
     while not pacs.get_label_uri(MAKER.uid, "other") and time.monotonic() < until:
         time.sleep(0.05)
+    pacs._observer.stop()
+    pacs._observer.join()
     assert pacs.get_label_uri(MAKER.uid, "other")
     assert asked == []
 

@@ -16,7 +16,7 @@ from monailabel.endpoints.user.auth import RBAC
 
 from factories import make_model_folder
 from lib.app import MSHubApp
-from lib.server import asgi, work_routes
+from lib.server import asgi, process_routes, work_routes
 from mshub.install import add_model
 from mshub.store import ModelStore
 
@@ -290,6 +290,12 @@ def test_statistics_begin_with_the_model_that_was_trained_last(
         ("POST", "/train/{model}", settings.MONAI_LABEL_AUTH_ROLE_ADMIN),
         ("DELETE", "/train/", settings.MONAI_LABEL_AUTH_ROLE_ADMIN),
         ("GET", "/train/", settings.MONAI_LABEL_AUTH_ROLE_USER),
+        ("POST", "/batch/infer/{model}", settings.MONAI_LABEL_AUTH_ROLE_ADMIN),
+        ("GET", "/batch/infer", settings.MONAI_LABEL_AUTH_ROLE_USER),
+        ("DELETE", "/batch/infer", settings.MONAI_LABEL_AUTH_ROLE_ADMIN),
+        ("POST", "/scoring/{method}", settings.MONAI_LABEL_AUTH_ROLE_ADMIN),
+        ("GET", "/scoring/", settings.MONAI_LABEL_AUTH_ROLE_USER),
+        ("DELETE", "/scoring/", settings.MONAI_LABEL_AUTH_ROLE_ADMIN),
         ("GET", "/info/", settings.MONAI_LABEL_AUTH_ROLE_USER),
         ("GET", "/mshub/reports/{model}/{name}", settings.MONAI_LABEL_AUTH_ROLE_USER),
     ],
@@ -297,7 +303,7 @@ def test_statistics_begin_with_the_model_that_was_trained_last(
 def test_our_routes_come_first_and_ask_for_monai_labels_roles(method: str, path: str, role: str) -> None:
     routes = [route for route in asgi.app.routes if isinstance(route, APIRoute)]
     first = next(route for route in routes if route.path == path and method in route.methods)
-    assert first.endpoint.__module__ in (asgi.__name__, work_routes.__name__)
+    assert first.endpoint.__module__ in (asgi.__name__, process_routes.__name__, work_routes.__name__)
     (guard,) = [dependency.call for dependency in first.dependant.dependencies if isinstance(dependency.call, RBAC)]
     assert guard.roles == role
 

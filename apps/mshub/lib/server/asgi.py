@@ -24,7 +24,7 @@ from starlette.types import Scope
 
 from lib.faults import check_name
 from lib.oidc_settings import OidcSettings
-from lib.server import datastore_routes, work_routes
+from lib.server import datastore_routes, process_routes, work_routes
 from lib.server.access import LOCAL_USER, USER, Access
 from lib.server.asked import Admin, AnyUser
 from lib.server.bodies import Bodies
@@ -137,6 +137,7 @@ async def proxy(user: AnyUser, request: Request, path: str) -> Response:
 ROUTES = (
     *datastore_routes.ROUTES,
     *work_routes.ROUTES,
+    *process_routes.ROUTES,
     ("GET", "/info/", info, "App"),
     ("GET", "/logs/", logs, "Others"),
     ("GET", "/logs/gpu", gpu, "Others"),
@@ -149,11 +150,12 @@ ROUTES = (
     ("GET", "/proxy/dicom/{path:path}", proxy, "PACS"),
     ("POST", "/proxy/dicom/{path:path}", proxy, "PACS"),
 )
-UPSTREAM = [module.router for module in (batch_infer, datastore, logs_of_monailabel, ohif, scoring, session)]
+UPSTREAM = [module.router for module in (datastore, logs_of_monailabel, ohif, session)]
 """What is left to MONAI Label."""
 OVERTAKEN = [
     *UPSTREAM,
-    *(module.router for module in (activelearning, endpoints.infer, endpoints.info, endpoints.train)),
+    *(module.router for module in (activelearning, batch_infer, scoring)),
+    *(module.router for module in (endpoints.infer, endpoints.info, endpoints.train)),
 ]
 """Where routes of MONAI Label are that ours stand in front of."""
 

@@ -1,10 +1,9 @@
-"""Routes of what takes time: predictions, batches, trainings, scores, and the choice of the next case."""
+"""Routes of what takes time: predictions, pre-labels, trainings, and the choice of the next case."""
 
 from __future__ import annotations
 
 import json
 import logging
-import re
 from enum import Enum
 from http import HTTPStatus
 from typing import Annotated, Any
@@ -12,15 +11,12 @@ from typing import Annotated, Any
 from fastapi import BackgroundTasks, Body, File, Form, HTTPException, Request, UploadFile
 from fastapi import Path as InPath
 from fastapi.responses import FileResponse, Response
-from monailabel.endpoints import batch_infer, scoring
 from monailabel.endpoints.infer import ResultType, run_inference
 from monailabel.endpoints.user.auth import User
 from monailabel.interfaces.exception import ImageNotFoundException
-from monailabel.interfaces.tasks.batch_infer import BatchInferImageType
 from monailabel.interfaces.utils.app import app_instance
 
 from lib import audit
-from lib.faults import not_found
 from lib.server.access import USER, Guards, address_of, comes_from_one_person
 from lib.server.asked import Admin, Annotator, AnyUser, by, options_in
 from lib.server.json_input import json_object
@@ -36,14 +32,6 @@ INFER_OPTIONS = frozenset(
     }
 )
 """What a client may ask of a prediction; whatever else it sends goes no further."""
-BATCH_OPTIONS = INFER_OPTIONS - {"series"} | {
-    *("images", "labels", "max_batch_size", "max_workers", "multi_gpu", "gpus")
-}
-"""And of MONAI Label's batch, a process of its own, which would look for programs where ``bundle_path`` says."""
-
-LONGEST_BATCH = 100_000
-"""Bytes of a batch's options: MONAI Label hands them to its process as one argument, and Linux takes 128 KiB."""
-_GPUS = re.compile(r"all|[0-9]{1,4}(,[0-9]{1,4})*")
 
 
 class DicomResult(str, Enum):
@@ -94,39 +82,6 @@ def infer(
         remove_uploads(background_tasks)
         raise
     return _without_leftovers(answer, background_tasks)
-
-
-def infer_batch(
-    user: Admin,
-    model: str,
-    images: BatchInferImageType = BatchInferImageType.IMAGES_ALL,
-    params: Annotated[Any, Body()] = None,
-    run_sync: bool = False,
-) -> Any:
-    """Run a model on many images, in a process of its own; see `BATCH_OPTIONS`."""
-    asked = options_in(params, '{"label_tag": "original"}')
-    options = {name: value for name, value in asked.items() if name in BATCH_OPTIONS}
-    gpus = options.get("gpus") or "all"
-    if not isinstance(gpus, str) or not _GPUS.fullmatch(gpus):
-        raise HTTPException(400, f"gpus is {str(gpus)[:80]!r}; expected all, or numbers such as 0,1.")
-    if len(json.dumps(options).encode()) > LONGEST_BATCH:
-        raise HTTPException(413, f"The options are longer than {LONGEST_BATCH} bytes: name fewer images in a batch.")
-    return batch_infer.run(model, images, {**options, "gpus": gpus}, run_sync)
-
-
-def score_all(user: Admin, params: Annotated[Any, Body()] = None, run_sync: bool = False) -> Any:
-    """Run every scoring method; see `score`."""
-    options_in(params, "{}")
-    return scoring.run(None, run_sync)
-
-
-def score(user: Admin, method: str, params: Annotated[Any, Body()] = None, run_sync: bool = False) -> Any:
-    """Run a scoring method, in a process of its own; `params` changes nothing: none here has options."""
-    options_in(params, "{}")
-    known = app_instance().info()["scoring"]
-    if method not in known:
-        raise not_found("scoring method", method, sorted(known))
-    return scoring.run_method(method, None, run_sync)
 
 
 def train(user: Admin, params: Annotated[Any, Body()] = None, run_sync: bool = False) -> Any:
@@ -234,9 +189,6 @@ def _train_params(params: Any, user: User) -> dict[str, Any]:
 
 ROUTES = (
     ("POST", "/infer/{model}", infer, "Infer"),
-    ("POST", "/batch/infer/{model}", infer_batch, "Infer"),
-    ("POST", "/scoring/", score_all, "Scoring"),
-    ("POST", "/scoring/{method}", score, "Scoring"),
     ("POST", "/train/", train, "Train"),
     ("POST", "/train/{model}", train_model, "Train"),
     ("GET", "/train/", train_status, "Train"),

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 SLOW_S = 0.1
 SHARE_OF_COUNTING = 0.05
-"""At most so much of the time is spent on counting cases, where that is slow."""
+"""At most so much of the time is spent on counting cases, where that is slow and no final label has changed."""
 Trainers = Mapping[str, NNUNetTrainTask]
 
 
@@ -58,7 +58,7 @@ class Trainings:
             return {model: {**trainer.info(), "mshub": {"problem": str(error)}} for model, trainer in trainers.items()}
 
     def _recent_cases(self, datastore: Datastore) -> _Cases:
-        """Return the reviewed cases, for a while those of before if there are many: viewers ask all the time."""
+        """Return the reviewed cases, for a while those of before if no label changed: viewers ask all the time."""
         counted = self._counted
         if counted is None or not counted.are_recent():
             counted = self._counted = _Cases(datastore)
@@ -174,6 +174,7 @@ class _Cases:
         self._studies = studies_of(datastore)
         self._known: dict[tuple[Channel, ...], list[ReviewedCase]] = {}
         self._began, self._took_s = time.monotonic(), 0.0
+        self._changes = self._studies.changes_of_final
 
     def of(self, trainer: NNUNetTrainTask) -> list[ReviewedCase]:
         """Return the cases one model may learn from."""
@@ -185,7 +186,9 @@ class _Cases:
         return self._known[channels]
 
     def are_recent(self) -> bool:
-        """Return whether to gather them anew would take too much of the time, as some thousand do."""
+        """Return whether they are the same still and to look again would take too much of the time, as thousands do."""
+        if self._changes != self._studies.changes_of_final:
+            return False
         return self._took_s > SLOW_S and time.monotonic() - self._began < self._took_s / SHARE_OF_COUNTING
 
 
