@@ -22,6 +22,7 @@
     |   |-- DeviceFull         a device has too little memory for it
     |   `-- Busy               too many others wait for the device already
     `-- TrainingError          a training could not start or did not finish
+        `-- LabelsChanged      labels it was to learn from became others just then
 
 Every message says what was found, what was expected, and how to fix it. `code` is a stable, machine-readable name;
 `http_status` is what a server should answer.
@@ -138,3 +139,8 @@ class Busy(PredictionError):
 
 class TrainingError(MSHubError):
     code = "training"
+
+
+class LabelsChanged(TrainingError):
+    code = "labels-changed"
+    http_status = 409

@@ -21,12 +21,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -36,7 +37,7 @@ from filelock import FileLock, Timeout
 
 from mshub.atomic_file import replace_by_copy, replace_json, replace_text
 from mshub.cases import ReviewedCase
-from mshub.errors import MSHubError, TrainingError
+from mshub.errors import LabelsChanged, MSHubError, TrainingError
 from mshub.orphans import naming_itself
 from mshub.recipe import Recipe
 from mshub.store import utc_now, writable_folder
@@ -241,14 +242,27 @@ class Jobs:
         states = [(job, job.progress()["state"]) for job in self.all()]
         return sorted((job for job, state in states if state in OPEN), key=lambda job: dict(states)[job] != "running")
 
-    def create(self, request: JobRequest) -> Job:
+    def images_to_read(self) -> set[Path]:
+        """Return the images of the jobs that run or wait."""
+        return {image for job in self.open() for case in job.request.cases for image in case.images}
+
+    def create(self, request: JobRequest, look_again: Callable[[], Iterable[ReviewedCase]] | None = None) -> Job:
         """Write down what is to be done, with copies of the labels; nothing starts yet.
 
         A job of the same model that broke off or was stopped and was asked the very same is returned instead, to go
         on where it was.
 
+        Parameters
+        ----------
+        request : JobRequest
+        look_again : callable, optional
+            Returns the reviewed cases as they are now, where people submit labels meanwhile: it is asked once the
+            labels are copied, and a label that came with other names since the request was made is not taken for it.
+
         Raises
         ------
+        LabelsChanged
+            Labels were submitted, or removed, while they were copied.
         TrainingError
             A job of this model is open already, or there is no case.
         """
@@ -264,11 +278,17 @@ class Jobs:
             if latest and state in ("interrupted", "stopped") and _asked_for(latest, request):
                 latest.tell(attempts=0, **_starting())  # a person asks: what went wrong before does not count
                 return latest
-            return self._write(request)
+            path = self.folder / f"{request.model_id}--{datetime.now(timezone.utc):%Y%m%dT%H%M%S.%f}"
+            try:
+                return self._write(request, path, look_again)
+            except BaseException:
+                shutil.rmtree(path, ignore_errors=True)
+                raise
 
-    def _write(self, request: JobRequest) -> Job:
-        path = self.folder / f"{request.model_id}--{datetime.now(timezone.utc):%Y%m%dT%H%M%S.%f}"
+    def _write(self, request: JobRequest, path: Path, look_again: Callable[[], Iterable[ReviewedCase]] | None) -> Job:
         kept = tuple(_keep_label(case, path / "labels") for case in request.cases)
+        if look_again is not None:
+            _check_names(request.cases, {case.case_id: case for case in look_again()})
         replace_json(path / "request.json", replace(request, cases=kept).as_dict())
         created = {"attempts": 0, "created": utc_now(), "model": request.model_id, **_starting()}
         replace_json(path / "progress.json", created)
@@ -313,6 +333,18 @@ class Jobs:
             if job.progress()["state"] in (*OPEN, "interrupted"):
                 job.tell(state="stopped", message="stopped")
         return stopping
+
+
+def _check_names(cases: Iterable[ReviewedCase], now: Mapping[str, ReviewedCase]) -> None:
+    """Refuse copies of labels whose names may not be theirs: they are others now."""
+    changed = [
+        case.case_id
+        for case in cases
+        if (found := now.get(case.case_id)) is None or (found.values, found.reviewed) != (case.values, case.reviewed)
+    ]
+    if changed:
+        some = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
+        raise LabelsChanged(f"Labels were submitted while the training was about to start ({some}). Start it again.")
 
 
 def _keep_label(case: ReviewedCase, folder: Path) -> ReviewedCase:

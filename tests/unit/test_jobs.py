@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from mshub import jobs as jobs_module
 from mshub.cases import ReviewedCase
-from mshub.errors import TrainingError
+from mshub.errors import LabelsChanged, TrainingError
 from mshub.jobs import MAX_ATTEMPTS, Job, JobRequest, Jobs
 from mshub.recipe import FROM_SCRATCH, Recipe
 
@@ -162,6 +162,46 @@ def test_a_job_keeps_the_labels_as_they_were(jobs: Jobs, case: ReviewedCase, tmp
     assert all(one.label.is_relative_to(job.path) for one in kept)
     assert [one.digest for one in kept] == digests
     assert [replace(one, label=case.label) for one in kept[:1]] == [case]
+
+
+@pytest.mark.parametrize(
+    "now",
+    [
+        lambda case: [replace(case, values={"liver": 2, "spleen": 1})],
+        lambda case: [replace(case, reviewed=("liver", "spleen"))],
+        lambda case: [],
+    ],
+)
+def test_labels_that_came_with_other_names_meanwhile_are_not_copied_under_the_old_ones(
+    jobs: Jobs, case: ReviewedCase, tmp_path: Path, now: Callable[[ReviewedCase], list[ReviewedCase]]
+) -> None:
+    second, copied = make_case(tmp_path, "second"), []
+
+    def look_again() -> list[ReviewedCase]:
+        copied.extend(path.name for path in jobs.folder.glob("*/labels/*"))
+        return [second, *now(case)]
+
+    with pytest.raises(LabelsChanged, match=r"Labels were submitted .* \(case-1\). Start it again"):
+        jobs.create(ask(case, second), look_again)
+    assert sorted(copied) == ["case-1.nii.gz", "second.nii.gz"], "who looks before they are copied sees too little"
+    assert not list(jobs.folder.glob("tiny--*"))
+    assert jobs.create(ask(case, second), lambda: [second, case]).progress()["state"] == "queued"
+
+
+def test_a_job_whose_labels_cannot_be_copied_leaves_nothing(jobs: Jobs, case: ReviewedCase, tmp_path: Path) -> None:
+    gone = make_case(tmp_path, "gone")
+    gone.label.unlink()
+    with pytest.raises(FileNotFoundError):
+        jobs.create(ask(case, gone))
+    assert not list(jobs.folder.glob("tiny--*"))
+
+
+def test_the_images_of_jobs_that_run_or_wait_are_to_be_read(jobs: Jobs, case: ReviewedCase, tmp_path: Path) -> None:
+    second = make_case(tmp_path, "second")
+    ended(jobs.create(ask(second)), "done")
+    assert jobs.images_to_read() == set()
+    jobs.create(ask(case, model="other"))
+    assert jobs.images_to_read() == {*case.images}
 
 
 def test_a_job_says_what_was_asked_for(jobs: Jobs, case: ReviewedCase) -> None:

@@ -138,6 +138,7 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
             self._structure_overrides,
             self.store.home / "refused-labels",
             [kind.strip() for kind in str(search.get("Modality") or "CT,MR").split(",")],
+            needed=self.jobs.images_to_read,
             exchanges_labels=not self._is_task,
             auto_reload=settings.MONAI_LABEL_DATASTORE_AUTO_RELOAD,
             read_only=settings.MONAI_LABEL_DATASTORE_READ_ONLY,

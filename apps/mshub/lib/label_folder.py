@@ -68,6 +68,12 @@ class LabelFolder(IndexedFolder):
                 return None, {}
             return Path(shutil.copyfile(path, folder / path.name)), self.get_label_info(image_id, tag)
 
+    def settle(self) -> None:
+        """Wait for labels that are being stored, and take in what other processes stored."""
+        with self._lock:
+            self._catch_up()
+            self._settle_of_others()
+
     def labels_where(self, tag: str, is_so: Callable[[dict[str, Any]], bool]) -> list[str]:
         """Return the images with a label of which something is known."""
         objects = list(self._datastore.objects.items())

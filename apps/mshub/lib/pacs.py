@@ -76,6 +76,8 @@ class PacsStudies(StudiesFolder):
         Where labels that were refused are kept.
     modalities : sequence of str
         Which series are images.
+    needed : callable, optional
+        Returns files whose copies are not removed: those that a training is to read.
     exchanges_labels : bool
         Sends labels to the PACS, and takes in those it finds there: one process alone does, or both would.
     auto_reload, read_only : bool
@@ -90,12 +92,13 @@ class PacsStudies(StudiesFolder):
         overrides: Callable[[], Mapping[str, StructureOverride]],
         refused: Path,
         modalities: Sequence[str],
+        needed: Callable[[], Collection[Path]] = frozenset,
         exchanges_labels: bool = True,
         auto_reload: bool = False,
         read_only: bool = False,
     ) -> None:
         self._client, self.overrides, self._modalities = client, overrides, tuple(modalities)
-        self._files = SeriesFiles(Path(folder), client)
+        self._files = SeriesFiles(Path(folder), client, needed)
         self._labels = PacsLabels(Path(folder) / "segs.json", client)
         self._exchanges = exchanges_labels
         self._sender = LabelSender(self, self._files, client, self._labels, overrides)

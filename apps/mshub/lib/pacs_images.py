@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import pydicom
@@ -45,10 +45,12 @@ class SeriesFiles:
     ----------
     folder : Path
     client : PacsClient
+    needed : callable, optional
+        Returns files that are needed still, though nobody asks for them: their series are not removed.
     """
 
-    def __init__(self, folder: Path, client: PacsClient) -> None:
-        self.folder, self._client = folder, client
+    def __init__(self, folder: Path, client: PacsClient, needed: Callable[[], Collection[Path]] = frozenset) -> None:
+        self.folder, self._client, self._needed = folder, client, needed
         self._locks: dict[str, threading.Lock] = defaultdict(threading.Lock)
         self._asked_for: dict[str, float] = {}
         self._said: dict[str, int] = {}  # how many instances a series had, by the PACS, when it was fetched
@@ -104,19 +106,22 @@ class SeriesFiles:
         return {path.name.removesuffix(VOLUME) for path in self.folder.glob(f"*{VOLUME}")}
 
     def drop(self, series: str, unused_s: float) -> bool:
-        """Remove the copy of a series that nobody asked for in so many seconds; return whether it is gone."""
+        """Remove the copy of a series that nobody needs, or asked for in so many seconds; return whether it is gone."""
         with self._locks[series]:
             if time.monotonic() - self._asked_for.get(series, float("-inf")) < unused_s:
                 return False
-            self.path(series).unlink(missing_ok=True)  # first: without its volume, a copy is none
+            volume, channels = self.path(series), self.folder / "channels" / series
+            if any(path == volume or path.parent == channels for path in self._needed()):
+                return False
+            volume.unlink(missing_ok=True)  # first: without its volume, a copy is none
             shutil.rmtree(self._headers(series), ignore_errors=True)
-            shutil.rmtree(self.folder / "channels" / series, ignore_errors=True)
+            shutil.rmtree(channels, ignore_errors=True)
         return True
 
     def trim(self, most_bytes: int, unused_s: float) -> str:
         """Remove the copies nobody asked for longest, until the others take no more than `most_bytes`.
 
-        Those asked for within `unused_s` stay in any case. Returns what was removed, as a sentence.
+        Those needed, or asked for within `unused_s`, stay in any case. Returns what was removed, as a sentence.
         """
         sizes = {series: self._nbytes(series) for series in self.copies()}
         total, removed = sum(sizes.values()), 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -803,6 +804,26 @@ def test_a_copy_nobody_asked_for_lately_is_dropped_and_made_again(open_pacs: Any
     assert pacs.drop_copy(MAKER.uid, unused_s=0)
     assert pacs.copies() == set()
     assert Path(pacs.get_image_uri(MAKER.uid)).is_file()
+
+
+def test_a_copy_that_a_training_is_to_read_stays(open_pacs: Any) -> None:
+    """A training may wait for others for hours, and reads its images after that."""
+    other, needed = SeriesMaker("of another channel"), set[Path]()
+    pacs = open_pacs(FakePacs(MAKER.slices(), other.slices()), needed=lambda: needed)
+    needed.add(Path(pacs.get_image_uri(MAKER.uid)))
+    pacs.get_image_uri(other.uid)
+    pacs._files._asked_for.clear()
+    assert not pacs.drop_copy(MAKER.uid, unused_s=0)
+    assert pacs.trim_copies(0) == ""
+    for series in (MAKER.uid, other.uid):
+        os.utime(pacs._files.path(series), (0, 0))
+    assert pacs.trim_copies(0) == "1 copies of series of the PACS"
+    assert pacs.copies() == {MAKER.uid}
+    needed.clear()
+    needed.add(pacs._files.folder / "channels" / MAKER.uid / f"{other.uid}.nii")
+    assert not pacs.drop_copy(MAKER.uid, unused_s=0)
+    needed.clear()
+    assert pacs.drop_copy(MAKER.uid, unused_s=0)
 
 
 def test_a_copy_of_a_labelled_series_stays(open_pacs: Any, label: Path) -> None:

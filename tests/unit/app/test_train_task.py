@@ -25,6 +25,7 @@ from lib.conf import Config
 from lib.trainers import NNUNetTrainTask
 from lib.trainers.options import MONAI_LABELS_OWN, TrainOptions, options_for
 from lib.trainers.tasks import as_stats, as_task
+from mshub.atomic_file import replace_by_copy
 from mshub.errors import CaseError, ConfigError
 from mshub.install import add_model
 from mshub.jobs import Job, JobRequest, Jobs
@@ -392,6 +393,52 @@ def test_a_training_that_failed_raises_with_the_reason(
     review("a", "liver")
     status, text = refused(clinic.train, {"model": "tiny", **SHORT, **options})
     assert (status, words in text) == (400, True), text
+
+
+def test_a_label_that_is_submitted_while_a_training_is_about_to_start_is_not_trained_under_its_old_names(
+    clinic: MSHubApp, review: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def submit_first(source: Path, target: Path) -> None:
+        if submitted:
+            review("a", *submitted.pop())
+        replace_by_copy(source, target)
+
+    submitted = [("spleen", "liver")]
+    review("a", "liver", "spleen")
+    monkeypatch.setattr("mshub.jobs.replace_by_copy", submit_first)
+    with pytest.raises(HTTPException, match="Labels were submitted while the training was about to start") as error:
+        clinic.start_training("tiny", {})
+    assert (error.value.status_code, clinic.jobs.all()) == (409, [])
+    clinic.start_training("tiny", {})
+    (case,) = clinic.jobs.open()[0].request.cases
+    assert case.values == {"spleen": 1, "liver": 2}
+    assert case.label.read_bytes() == Path(clinic.datastore().get_label_uri("a", "final")).read_bytes()
+
+
+def test_whoever_looks_again_waits_for_labels_that_are_being_stored(
+    clinic: MSHubApp, review: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its file and its names, a label has its place but not its names."""
+    datastore, in_place, go_on = clinic.datastore(), threading.Event(), threading.Event()
+    store_labels = datastore._store_labels
+
+    def store_late(*labels: Any) -> None:
+        in_place.set()
+        assert go_on.wait(10)
+        store_labels(*labels)
+
+    review("a", "liver", "spleen")
+    monkeypatch.setattr(datastore, "_store_labels", store_late)
+    with ThreadPoolExecutor() as pool:
+        storing = pool.submit(review, "a", "spleen", "liver")
+        assert in_place.wait(10)
+        looking = pool.submit(datastore.settle)
+        time.sleep(0.2)
+        assert not looking.done()
+        go_on.set()
+        looking.result(10)
+        assert datastore.reviewed_case("a", ()).values == {"spleen": 1, "liver": 2}
+        storing.result(10)
 
 
 def at_work(clinic: MSHubApp) -> Job | None:

@@ -101,7 +101,9 @@ class NNUNetTrainTask(TrainTask):  # type: ignore[misc]
 
     # -- what it does -------------------------------------------------------------------------------------------
 
-    def start(self, options: TrainOptions, cases: Sequence[ReviewedCase], *, resumable: bool = True) -> Job:
+    def start(
+        self, options: TrainOptions, cases: Sequence[ReviewedCase], studies: StudiesFolder, *, resumable: bool = True
+    ) -> Job:
         """Start a training with all cases that fit, seen before or not.
 
         Parameters
@@ -109,6 +111,8 @@ class NNUNetTrainTask(TrainTask):  # type: ignore[misc]
         options : TrainOptions
         cases : sequence of ReviewedCase
             All reviewed cases.
+        studies : StudiesFolder
+            Where they are from, and where people may be submitting labels.
         resumable : bool
             See `mshub.jobs.Job.spawn`.
 
@@ -118,6 +122,8 @@ class NNUNetTrainTask(TrainTask):  # type: ignore[misc]
             429 while the model is being trained.
         TrainingError
             No case fits.
+        LabelsChanged
+            A label came with other names while it was copied.
         """
         running = [job for job in self._jobs.open() if job.model_id == self.model_id]
         if running:
@@ -131,7 +137,7 @@ class NNUNetTrainTask(TrainTask):  # type: ignore[misc]
         request = JobRequest(
             self.model_id, parent, tuple(fitting), options.recipe, device=options.device, client=options.client
         )
-        job = self._jobs.create(request)
+        job = self._jobs.create(request, lambda: self._settled(studies))
         job.spawn(resumable=resumable)
         return job
 
@@ -148,13 +154,19 @@ class NNUNetTrainTask(TrainTask):  # type: ignore[misc]
         """
         with as_http_errors():
             options = TrainOptions.parse(options_for(self.model_id, request), self._config_options)
-            job = self.start(options, studies_of(datastore).reviewed_cases(self.channels()), resumable=False)
+            studies = studies_of(datastore)
+            job = self.start(options, studies.reviewed_cases(self.channels()), studies, resumable=False)
             with _stopped_by_sigterm(job):
                 progress = job.wait()
             _raise_if_failed(job, progress)
         return as_stats(job)
 
     # -- private ------------------------------------------------------------------------------------------------
+
+    def _settled(self, studies: StudiesFolder) -> list[ReviewedCase]:
+        """Return the reviewed cases with the names of their labels as these are now."""
+        studies.settle()
+        return studies.reviewed_cases(self.channels())
 
     def _last_trained(self) -> ModelVersion | None:
         trained = [version for version in self._store.versions(self.model_id) if used_digests(version)]

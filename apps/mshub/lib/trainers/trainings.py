@@ -119,7 +119,8 @@ class Trainings:
         """
         with as_http_errors():
             options = TrainOptions.parse(options_for(trainer.model_id, params), self._config)
-            job = trainer.start(options, _Cases(datastore).of(trainer))
+            cases = _Cases(datastore)
+            job = trainer.start(options, cases.of(trainer), cases.studies)
         return _task(job, self._jobs.open())
 
     def start_new(self, trainers: Trainers, params: Mapping[str, Any] | None, datastore: Datastore) -> dict[str, Any]:
@@ -151,7 +152,7 @@ class Trainings:
         try:
             reviewed = cases.of(trainer)
             reason = trainer.reason_to_wait(reviewed)
-            job = None if reason else trainer.start(options, reviewed)
+            job = None if reason else trainer.start(options, reviewed, cases.studies)
         except HTTPException as error:
             return {"result": None, "detail": error.detail}
         except (MSHubError, OSError) as error:
@@ -171,23 +172,23 @@ class _Cases:
     """The reviewed cases of a datastore, gathered once for all models with the same channels."""
 
     def __init__(self, datastore: Datastore) -> None:
-        self._studies = studies_of(datastore)
+        self.studies = studies_of(datastore)
         self._known: dict[tuple[Channel, ...], list[ReviewedCase]] = {}
         self._began, self._took_s = time.monotonic(), 0.0
-        self._changes = self._studies.changes_of_final
+        self._changes = self.studies.changes_of_final
 
     def of(self, trainer: NNUNetTrainTask) -> list[ReviewedCase]:
         """Return the cases one model may learn from."""
         channels = trainer.channels() if len(trainer.channels()) > 1 else ()
         if channels not in self._known:
             began = time.monotonic()
-            self._known[channels] = self._studies.reviewed_cases(channels)
+            self._known[channels] = self.studies.reviewed_cases(channels)
             self._took_s += time.monotonic() - began
         return self._known[channels]
 
     def are_recent(self) -> bool:
         """Return whether they are the same still and to look again would take too much of the time, as thousands do."""
-        if self._changes != self._studies.changes_of_final:
+        if self._changes != self.studies.changes_of_final:
             return False
         return self._took_s > SLOW_S and time.monotonic() - self._began < self._took_s / SHARE_OF_COUNTING
 
