@@ -42,6 +42,9 @@ from mshub.orphans import naming_itself
 from mshub.recipe import Recipe
 from mshub.store import utc_now, writable_folder
 
+if os.name == "posix":
+    import fcntl
+
 logger = logging.getLogger(__name__)
 
 State = Literal["queued", "running", "done", "failed", "stopped", "interrupted"]
@@ -380,12 +383,19 @@ def _starting() -> dict[str, Any]:
 
 
 def _is_held(lock: FileLock) -> bool:
-    try:
-        # Another onlooker holds it for an instant only; whoever works on the job holds it on.
-        with lock.acquire(timeout=0.05, poll_interval=0.01):
-            return False
-    except Timeout:
-        return True
+    """Return whether a process works on a job; whoever looks as well is not taken for one."""
+    if os.name != "posix":
+        try:
+            with lock.acquire(timeout=0.05, poll_interval=0.01):
+                return False
+        except Timeout:
+            return True
+    with Path(lock.lock_file).open("a+") as file:  # closed, it is let go
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def _kill(pid: int | None) -> None:

@@ -120,7 +120,9 @@ def test_batch_inference_prelabels_the_unlabelled(client: MONAILabelClient, site
         time.sleep(1)
         status = httpx.get(f"{site.server.url}/batch/infer").json()
     assert status["status"] == "DONE", status
-    time.sleep(2)  # the server sees what another process wrote through its folder watcher
+    until = time.monotonic() + 60
+    while _prelabelled(client) == before and time.monotonic() < until:
+        time.sleep(0.2)  # the server sees what another process wrote through its folder watcher
     assert len(_prelabelled(client) - before) == 1
 
 

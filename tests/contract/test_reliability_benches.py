@@ -81,7 +81,7 @@ def test_a_series_comes_whole_from_a_pacs_that_misbehaves_or_is_refused() -> Non
     assert [problem for outcome in found.values() for problem in outcome.wrong] == []
     assert sum(outcome.cases for outcome in found.values()) > 8
     assert sum(outcome.refused for outcome in found.values()) > 4
-    assert pacs_faults.holds(found), pacs_faults.report(found)
+    assert max(outcome.slowest_info_s for outcome in found.values()) < 20, pacs_faults.report(found)
 
 
 def test_the_watch_sees_what_is_opened_and_made(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from mshub.store import ModelStore
 
 FAKE_WORKER = Path(__file__).parent / "fake_worker"
 STOCK = [sys.executable, "-m", "monailabel.main", "start_server", "--app", str(app_folder())]
-SHORT = {"epochs": 20, "iterations": 10}
+SHORT = {"epochs": 20, "iterations": 30}
 LONG = {"epochs": 1000, "iterations": 10}
 SHAPE = (21, 25, 18)
 

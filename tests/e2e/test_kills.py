@@ -7,6 +7,7 @@ import random
 import signal
 import threading
 import time
+from http.client import HTTPException
 from pathlib import Path
 
 import nibabel as nib
@@ -65,7 +66,7 @@ class Ward:
                 return
             try:
                 self.submit(f"case{8 + marked % 2}", marked % 900 + 100)
-            except (OSError, MONAILabelClientException):
+            except (OSError, HTTPException, MONAILabelClientException):
                 continue
 
     def end(self) -> None:

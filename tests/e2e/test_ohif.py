@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -275,6 +276,7 @@ def test_how_sure_the_model_is_and_what_was_changed_is_said(clinic: Clinic) -> N
     browser.brush("spleen", 4, MIDDLE)
     drawn, _ = browser.labelmap()
     browser.submit("Dr. Ohif")
+    told = toast(browser)
     kept = clinic.kept(maker.uid)
     edited, dice = kept["agreement"]["edited_voxels"], kept["agreement"]["dice"]
     assert edited == np.count_nonzero(drawn != shown) > 0
@@ -284,7 +286,7 @@ def test_how_sure_the_model_is_and_what_was_changed_is_said(clinic: Clinic) -> N
     title = browser.control("changes").get_attribute("title")
     assert title.startswith(f"Dice with the pre-label: {worst} {figure(dice[worst])}")
     assert browser.control("hints").locator("li").all_inner_texts() == kept["hints"] != []
-    assert "Hints about it are in the panel." in toast(browser)
+    assert "Hints about it are in the panel." in told
     browser.control("hints").scroll_into_view_if_needed()
     browser.screenshot("15-what-was-changed")
 
@@ -500,9 +502,11 @@ def test_the_stock_panel_of_monai_labels_own_build_still_works(clinic: Clinic) -
         page.get_by_role("button", name="Run").first.click()
     assert answered.value.status == 200
     page.wait_for_function("() => window.services.segmentationService.getLabelmapVolume('1')")
-    page.wait_for_timeout(3000)
+    expected = sorted(np.unique(clinic.predicted(folder), return_counts=True)[1].tolist())
+    until = time.monotonic() + 60
+    while sorted(page.evaluate(STOCK_COUNTS).values()) != expected and time.monotonic() < until:
+        page.wait_for_timeout(500)
     browser.screenshot("12-stock-panel")
-    expected = np.unique(clinic.predicted(folder), return_counts=True)[1]
-    assert sorted(page.evaluate(STOCK_COUNTS).values()) == sorted(expected.tolist())
+    assert sorted(page.evaluate(STOCK_COUNTS).values()) == expected
     browser.problems.clear()
     browser.foreign.clear()  # that build asks for fonts elsewhere

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -127,7 +128,9 @@ def test_the_way_out_of_a_study_asks_about_what_was_not_submitted_and_stays_when
     asked = []
     page.once("dialog", lambda dialog: (asked.append(dialog.type), dialog.dismiss()))
     browser.control("log-out").click()
-    page.wait_for_timeout(500)
+    until = time.monotonic() + 60
+    while not asked and time.monotonic() < until:
+        page.wait_for_timeout(50)
     assert asked == ["beforeunload"]
     assert browser.labelmap()[0].any()
     page.once("dialog", lambda dialog: dialog.accept())

@@ -196,6 +196,20 @@ def test_a_job_whose_labels_cannot_be_copied_leaves_nothing(jobs: Jobs, case: Re
     assert not list(jobs.folder.glob("tiny--*"))
 
 
+@pytest.mark.skipif(os.name != "posix", reason="onlookers share a lock of POSIX")
+def test_who_looks_at_a_job_is_not_taken_for_its_process(jobs: Jobs, case: ReviewedCase) -> None:
+    import fcntl
+
+    job = died(jobs.create(ask(case)))
+    with (job.path / ".lock").open("a+") as onlooker:
+        fcntl.flock(onlooker, fcntl.LOCK_SH)
+        assert not job.is_alive()
+        assert job.progress()["state"] == "interrupted"
+    with job.lock:
+        assert job.is_alive()
+    assert not job.is_alive()
+
+
 def test_the_images_of_jobs_that_run_or_wait_are_to_be_read(jobs: Jobs, case: ReviewedCase, tmp_path: Path) -> None:
     second = make_case(tmp_path, "second")
     ended(jobs.create(ask(second)), "done")

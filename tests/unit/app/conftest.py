@@ -17,6 +17,7 @@ from monailabel.interfaces.utils.app import apps
 from factories import make_image, odd_grids
 from lib.app import MSHubApp
 from mshub.jobs import Jobs
+from mshub.log_lines import hide_with
 from mshub.orphans import STARTER
 from mshub.store import ModelStore
 
@@ -34,12 +35,17 @@ def fake_worker(home: Path, monailabel_here: None, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.fixture
-def clinic(installed: ModelStore, fake_worker: None, tmp_path: Path) -> MSHubApp:
+def clinic(installed: ModelStore, fake_worker: None, tmp_path: Path) -> Iterator[MSHubApp]:
     """The app with the model ``tiny`` (liver, spleen), images ``a`` and ``b`` and, of two channels, ``mr``."""
     affine = odd_grids()["oblique-left-handed"]
     for number, name in enumerate(("a", "b", "mr_0000", "mr_0001")):
         make_image(tmp_path / "studies" / f"{name}.nii.gz", TRAINED_SHAPE, affine, seed=number)
-    return MSHubApp(str(tmp_path / "app"), str(tmp_path / "studies"), {"device": "cpu"})
+    app = MSHubApp(str(tmp_path / "app"), str(tmp_path / "studies"), {"device": "cpu"})
+    yield app
+    hide_with(str)
+    if app.active_learning.spare_time is not None:  # it would be at work in other tests
+        app.active_learning.spare_time.stop()
+        app.active_learning.spare_time.join(30)
 
 
 @pytest.fixture

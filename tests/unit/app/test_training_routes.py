@@ -134,7 +134,7 @@ def test_a_training_from_its_start_to_its_end(
     review("b", "spleen")
     config = clinic.info()["trainers"]["tiny"]["config"]
     params = {key: value[0] if isinstance(value, list) else value for key, value in config.items()}
-    task = server.post("/train/tiny", json={**params, "epochs": 5, "iterations": 20, "client_id": "user-xyz"}).json()
+    task = server.post("/train/tiny", json={**params, "epochs": 5, "iterations": 60, "client_id": "user-xyz"}).json()
     assert task["status"] == "RUNNING"
     assert task["request"]["client_id"] == "user-xyz"
     assert {"id", "start_ts", "details"} <= set(task)
