@@ -265,7 +265,7 @@ class Jobs:
         Raises
         ------
         LabelsChanged
-            Labels were submitted, or removed, while they were copied.
+            Labels were submitted, or removed, since the request was made.
         TrainingError
             A job of this model is open already, or there is no case.
         """
@@ -355,7 +355,12 @@ def _keep_label(case: ReviewedCase, folder: Path) -> ReviewedCase:
     name = case.label.name.lower()
     ending = ".nii.gz" if name.endswith(".nii.gz") else Path(name).suffix
     kept = folder / f"{case.case_id}{ending}"
-    replace_by_copy(case.label, kept)
+    try:
+        replace_by_copy(case.label, kept)
+    except FileNotFoundError:
+        raise LabelsChanged(
+            f"The label of {case.case_id} was replaced or removed as the training was about to start. Start it again."
+        ) from None
     return replace(case, label=kept)
 
 

@@ -191,7 +191,7 @@ def test_labels_that_came_with_other_names_meanwhile_are_not_copied_under_the_ol
 def test_a_job_whose_labels_cannot_be_copied_leaves_nothing(jobs: Jobs, case: ReviewedCase, tmp_path: Path) -> None:
     gone = make_case(tmp_path, "gone")
     gone.label.unlink()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(LabelsChanged, match="The label of gone was replaced or removed"):
         jobs.create(ask(case, gone))
     assert not list(jobs.folder.glob("tiny--*"))
 

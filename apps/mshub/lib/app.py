@@ -294,13 +294,15 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         Raises
         ------
         fastapi.HTTPException
-            404 for an unknown model or image; 4xx from the task.
+            404 for an unknown model or image; 409 if the image was replaced meanwhile; 4xx from the task.
         """
         datastore = datastore or self.datastore()
         task = self._task(request.get("model"))
         request = {**copy.deepcopy(request), **self._case(request, datastore)}
+        state = _state_of(datastore, request["image_id"])
         path, params = task({**request, "check": check} if check else request)
         with removed_on_failure(Path(path)):
+            _check_same(datastore, request["image_id"], state)
             label = path
             if request["image_id"]:
                 client = str(request.get("client_id") or "") if check is None else None
@@ -515,6 +517,21 @@ def _chosen_series(request: dict[str, Any]) -> dict[str, str]:
             400, f'series is {series!r}; expected the SeriesInstanceUIDs of channels, such as {{"FLAIR": "1.2.3"}}.'
         )
     return {name: uid for name, uid in series.items() if uid}
+
+
+def _state_of(datastore: Datastore, image: str) -> str | None:
+    """Return what changes when an image of a folder is replaced; None for any other: a series has its own id."""
+    is_named_by_people = isinstance(datastore, StudiesFolder) and not isinstance(datastore, PacsStudies)
+    return datastore.image_state(image) if image and is_named_by_people else None
+
+
+def _check_same(datastore: Datastore, image: str, state: str | None) -> None:
+    """Refuse what was predicted of an image that is another one by now."""
+    if state is not None and not datastore.is_still(image, state):
+        raise HTTPException(
+            409,
+            f"The image {image} was replaced while it was segmented; nothing of that is kept. Segment it again.",
+        )
 
 
 def _keep_prediction(datastore: Datastore, image: str, path: str, tag: str, info: dict[str, Any]) -> str:

@@ -169,42 +169,41 @@ class StudiesFolder(LabelFolder):
         """
         image = Path(self.get_image_uri(image_id))
         check_name("label tag", label_tag)
-        started_from = self.get_label_info(image_id, DefaultLabelTag.ORIGINAL.value)
+        with tempfile.TemporaryDirectory() as folder:
+            prelabel = self.copy_label(image_id, DefaultLabelTag.ORIGINAL.value, Path(folder))
+            facts = self._checked(image_id, Path(label_filename), label_tag, label_info, image, *prelabel)
+        return self._store_label(image_id, Path(label_filename), label_tag, {**label_info, **facts})
+
+    def _checked(
+        self,
+        image_id: str,
+        label: Path,
+        label_tag: str,
+        label_info: dict[str, Any],
+        image: Path,
+        prelabel: Path | None,
+        started_from: dict[str, Any],
+    ) -> dict[str, Any]:
+        """Return what is found in a submitted label, also beside its pre-label; one that is refused is kept."""
         with as_http_errors():
             try:
-                correction = read_correction(
-                    Path(label_filename), label_info.get("label_info"), read_grid(image), self.structures()
-                )
+                correction = read_correction(label, label_info.get("label_info"), read_grid(image), self.structures())
             except MSHubError as error:
-                reason = str(error).replace(Path(label_filename).name, "The label").rstrip(".")
-                kept = self._refused.keep(Path(label_filename), image_id, label_tag, label_info, f"{reason}.")
+                reason = str(error).replace(label.name, "The label").rstrip(".")
+                kept = self._refused.keep(label, image_id, label_tag, label_info, f"{reason}.")
                 raise type(error)(f"{reason}. The submitted file is kept on the server as {kept}.") from error
         audit.note(started_from=_origin(started_from))
         predicted = started_from.get("params", {}).get("voxel_counts", {})
         reviewed = list(correction.reviewed([name for name, voxels in predicted.items() if voxels]))
-        facts = {
+        return {
             "reviewed": reviewed,
             "voxels": correction.voxels,
             "volumes_ml": _volumes_ml(correction, reviewed),
             "started_from": _origin(started_from),
             "submitted": utc_now(),
             "hints": self._hints(image_id, correction, reviewed),
-            **self._beside_prelabel(image_id, correction, reviewed, started_from),
+            **_beside_prelabel(correction, reviewed, prelabel, started_from.get("params", {}).get("label_names", {})),
         }
-        return self._store_label(image_id, Path(label_filename), label_tag, {**label_info, **facts})
-
-    def _beside_prelabel(
-        self, image_id: str, correction: Correction, reviewed: list[str], prelabel: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Return ``doubts`` and ``agreement`` of a correction and the pre-label it started from."""
-        path = Path(self.get_label_uri(image_id, DefaultLabelTag.ORIGINAL.value))
-        names = prelabel.get("params", {}).get("label_names", {})
-        submitted, values = correction.labels.array_xyz, correction.values
-        predicted = read_volume(path, allow_constant=True).array_xyz if names and path.is_file() else None
-        if predicted is None or predicted.shape != submitted.shape:
-            return {"doubts": []}
-        doubts = label_doubts(values, submitted, values, predicted, names)
-        return {"doubts": doubts, "agreement": agreement(reviewed, submitted, values, predicted, names).as_dict()}
 
     def _hints(self, image_id: str, correction: Correction, reviewed: list[str]) -> list[str]:
         """Return what looks unfinished in a label, also beside other labels here."""
@@ -252,6 +251,13 @@ class StudiesFolder(LabelFolder):
         """Return what changes when the image does: names, sizes and times of change of its files."""
         facts = [(path.name, path.stat()) for path in self.channels(image_id)]
         return ";".join(f"{name}:{found.st_size}:{found.st_mtime_ns}" for name, found in facts)
+
+    def is_still(self, image_id: str, state: str) -> bool:
+        """Return whether an image is the one that was in a state; 404 if there is none any more."""
+        try:
+            return self.image_state(image_id) == state
+        except FileNotFoundError:
+            return False
 
     def caption(self, image_id: str) -> str:
         """Return what a person calls an image, where its id does not say it: here it does."""
@@ -397,13 +403,12 @@ class StudiesFolder(LabelFolder):
         with ExitStack() as stack:
             with self._lock:
                 self._catch_up()
-                entry = self._datastore.objects.get(image_id)
                 paths = self._paths_to_pack(image_id)
                 try:
                     files = {name: stack.enter_context(path.open("rb")) for name, path in paths.items()}
                 except FileNotFoundError as error:
                     raise CaseError(f"there is no file {Path(error.filename).name} on this machine") from None
-                facts = entry.model_dump()
+                facts = self._entry(image_id).model_dump()
             yield LabelledImage(files, facts)
 
     def _paths_to_pack(self, image_id: str) -> dict[str, Path]:
@@ -455,6 +460,18 @@ def _beside(image_id: str, first: Path) -> list[Path]:
             "channels of a case are numbered without gaps.",
         )
     return found
+
+
+def _beside_prelabel(
+    correction: Correction, reviewed: list[str], prelabel: Path | None, names: dict[str, int]
+) -> dict[str, Any]:
+    """Return ``doubts`` and ``agreement`` of a correction and the pre-label it started from."""
+    submitted, values = correction.labels.array_xyz, correction.values
+    predicted = read_volume(prelabel, allow_constant=True).array_xyz if names and prelabel else None
+    if predicted is None or predicted.shape != submitted.shape:
+        return {"doubts": []}
+    doubts = label_doubts(values, submitted, values, predicted, names)
+    return {"doubts": doubts, "agreement": agreement(reviewed, submitted, values, predicted, names).as_dict()}
 
 
 def _volumes_ml(correction: Correction, structures: Sequence[str]) -> dict[str, float]:

@@ -26,6 +26,7 @@ from watchdog.events import FileSystemEvent, PatternMatchingEventHandler
 
 from lib.index_entries import (
     Entries,
+    Index,
     changed,
     entry_of,
     facts_of,
@@ -166,6 +167,10 @@ class IndexedFolder(LocalDatastore):  # type: ignore[misc]
             logger.error("the index cannot be written: %s", error)
             self._apply(entries, absent or {})
 
+    def _take_over(self, index: Index) -> None:
+        """Let memory say what the index says."""
+        self._datastore, self._absent = index, index.absent
+
     def _apply(self, entries: Entries, absent: Entries) -> None:
         """Let memory say it."""
         self._datastore.objects = changed(self._datastore.objects, entries)
@@ -204,7 +209,7 @@ class IndexedFolder(LocalDatastore):  # type: ignore[misc]
                     raise
                 return self._catch_up(at_start) if at_start else self._replace_damaged(error)
             known.base_path = self._datastore_path
-            self._datastore, self._absent = known, known.absent
+            self._take_over(known)
         changes = self._journal.read_changes()
         entries = {image: entry_of(facts) for image, facts, _ in changes}
         return self._apply(entries, {image: entry_of(gone) for image, _, gone in changes})

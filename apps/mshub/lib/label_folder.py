@@ -17,7 +17,7 @@ from monailabel.interfaces.datastore import DefaultLabelTag
 
 from lib.faults import as_http_errors
 from lib.free_space import check_space
-from lib.index_entries import Entries
+from lib.index_entries import Entries, Index
 from lib.index_file import plain
 from lib.indexed_folder import IndexedFolder
 from lib.label_note import NAME, LabelNote
@@ -43,6 +43,10 @@ class LabelFolder(IndexedFolder):
         super().__init__(path, extensions, auto_reload=auto_reload, read_only=read_only)
         if not read_only:
             self._settle_at_start()
+
+    def _take_over(self, index: Index) -> None:
+        super()._take_over(index)
+        self.changes_of_final += 1
 
     def _apply(self, entries: Entries, absent: Entries) -> None:
         known = self._datastore.objects

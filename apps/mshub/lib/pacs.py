@@ -108,6 +108,7 @@ class PacsStudies(StudiesFolder):
         self._listed_until = self._listed_at = float("-inf")
         self._ambiguous: set[str] = set()
         self._headers: MutableMapping[str, Dataset] = LRUCache(KEPT_HEADERS)
+        self._headers_lock = threading.Lock()
         super().__init__(folder, structures, refused, auto_reload=auto_reload, read_only=read_only)
 
     def name(self) -> str:
@@ -237,11 +238,14 @@ class PacsStudies(StudiesFolder):
         with as_http_errors():
             listed = self._client.series(StudyInstanceUID=study)
             images = [str(item.SeriesInstanceUID) for item in listed if item.get("Modality") in self._modalities]
-            headers = {uid: self._headers.get(uid) or self._client.any_instance(study, uid) for uid in images}
+            with self._headers_lock:
+                known = {uid: self._headers.get(uid) for uid in images}
+            headers = {uid: header or self._client.any_instance(study, uid) for uid, header in known.items()}
             counts = {str(item.SeriesInstanceUID): item.get(COUNT) for item in listed}
         for uid, header in headers.items():
             header.NumberOfSeriesRelatedInstances = counts[uid]
-        self._headers.update(headers)
+        with self._headers_lock:
+            self._headers.update(headers)
         return headers
 
     def stack(self, image_id: str) -> SeriesStack:
@@ -397,17 +401,18 @@ class PacsStudies(StudiesFolder):
             started = time.monotonic()
             if started > self._listed_until:
                 found = [item for kind in self._modalities for item in self._client.series(Modality=kind)]
-                self._listed, self._ambiguous = _by_uid(found)
-                self._listed_at = time.monotonic()
-                self._listed_until = self._listed_at + pause_after(self._listed_at - started, LISTED_S)
-                self._register(self._listed)
+                answered = time.monotonic()
+                new, ambiguous = _by_uid(found)
+                self._register(new)  # first: what is listed is looked up in the index
+                self._listed, self._ambiguous, self._listed_at = new, ambiguous, answered
+                self._listed_until = answered + pause_after(answered - started, LISTED_S)
             elif asked_for and asked_for not in self._listed:
                 found = [
                     item for item in self._client.series(SeriesInstanceUID=asked_for) if self._is_asked(item, asked_for)
                 ]
                 new, ambiguous = _by_uid(found)
-                self._listed, self._ambiguous = self._listed | new, self._ambiguous | ambiguous
                 self._register(new)
+                self._listed, self._ambiguous = self._listed | new, self._ambiguous | ambiguous
             listed = self._listed
         if self._exchanges:
             self._sender.send_waiting()

@@ -344,8 +344,13 @@ const training = [
   ],
 ];
 
-const countsText = counts =>
-  counts && !counts.problem ? `${counts.new_cases} new of ${counts.reviewed_cases} reviewed cases` : null;
+function countsText(counts) {
+  if (!counts || counts.problem) {
+    return null;
+  }
+  const { new_cases: fresh, reviewed_cases: reviewed } = counts;
+  return fresh === undefined ? `${reviewed} reviewed cases` : `${fresh} new of ${reviewed} reviewed cases`;
+}
 
 function trainingProgress({ epoch = 0, total_epochs: total, stage, message, best_metric: best, eta }) {
   const epochs = total ? `epoch ${epoch} of ${total}` : null;

@@ -364,6 +364,18 @@ def test_a_server_that_watches_sees_what_a_batch_stores(studies: Path) -> None:
         server._observer.join()
 
 
+def test_final_labels_of_other_processes_count_as_changes(studies: Path) -> None:
+    server, other = opened(studies), opened(studies)
+    for write in (lambda: submit(other, "a"), lambda: submit(other, "b"), other.tidy):
+        counted = server.changes_of_final
+        note(other, "c", 1)
+        server._init_from_datastore_file()
+        assert server.changes_of_final == counted, "what is noted of an image is none"
+        write()
+        server._init_from_datastore_file()
+        assert server.changes_of_final > counted
+
+
 def test_folders_that_come_and_go_do_not_end_the_watch(studies: Path) -> None:
     """A thread of watchdog 7.1 ends by such a `KeyError`, or by a warning that is an error."""
     server = opened(studies, auto_reload=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -779,6 +780,54 @@ def test_what_another_process_stores_is_seen_and_the_pacs_is_not_asked_for_it(
     pacs._observer.join()
     assert pacs.get_label_uri(MAKER.uid, "other")
     assert asked == []
+
+
+def test_nobody_finds_a_new_series_listed_before_the_index_knows_it(
+    open_pacs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another request that asked for it at that moment failed."""
+    first, second = SeriesMaker("arrived first"), SeriesMaker("arrived second")
+    remote = FakePacs(MAKER.slices())
+    pacs = open_pacs(remote)
+    pacs.list_images()
+    note, listed = pacs._take_note, list[bool]()
+
+    def take_note(entries: dict[str, Any], *more: Any) -> None:
+        listed.extend(image in pacs._listed for image in entries)
+        note(entries, *more)
+
+    monkeypatch.setattr(pacs, "_take_note", take_note)
+    remote.objects += first.slices()
+    assert first.uid in pacs.list_images()
+    monkeypatch.setattr(pacs, "_listed_until", float("inf"))
+    remote.objects += second.slices()
+    assert pacs.get_image_info(second.uid)["SeriesInstanceUID"] == second.uid
+    assert listed == [False, False]
+
+
+def test_many_may_ask_for_the_series_of_studies(open_pacs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table of what was used last that threads share without a lock is spoiled for good after a while."""
+    monkeypatch.setattr(pacs_module, "KEPT_HEADERS", 3)
+    makers = [SeriesMaker(f"of study {number}", shape=(4, 4, 2), seed=number) for number in range(8)]
+    pacs = open_pacs(FakePacs(*(maker.slices() for maker in makers)))
+    before, until, asked = sys.getswitchinterval(), time.monotonic() + 1.5, list[int]()
+
+    def ask(first: int) -> None:
+        number = first
+        while time.monotonic() < until:
+            maker = makers[number % len(makers)]
+            assert set(pacs.study_headers(maker.study_uid)) == {maker.uid}
+            number += 1
+        asked.append(number - first)
+
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor() as pool:
+            for done in [pool.submit(ask, first) for first in range(4)]:
+                done.result()
+    finally:
+        sys.setswitchinterval(before)
+    assert min(asked) > 0
 
 
 def test_the_index_names_what_has_just_arrived_and_nothing_that_is_gone(open_pacs: Any) -> None:

@@ -16,11 +16,13 @@ import pytest
 from fastapi import HTTPException
 
 from factories import make_image
+from lib import datastore as datastore_module
 from lib.activelearning import spare_time as spare_time_module
 from lib.activelearning.case_look import CaseLook
 from lib.activelearning.spare_time import SpareTime
 from lib.app import MSHubApp
 from lib.conf import Config
+from lib.infers import results_folder
 from mshub.errors import Interrupted, MSHubError, PredictionError
 from mshub.nnunet.engine import Engine
 from mshub.store import ModelStore, ModelVersion
@@ -155,6 +157,105 @@ def test_labelled_cases_are_compared_with_what_the_version_sees(app: MSHubApp, s
     assert image == "b"
     assert dice == pytest.approx(submitted)
     assert 0 < min(dice.values()) < 1
+
+
+@pytest.fixture
+def meanwhile(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], None]:
+    """Let something happen while a network is at work for the first time."""
+
+    def happen(what: Callable[[], Any]) -> None:
+        logits, waiting = Engine.logits, [what]
+
+        def late(self: Engine, *given: Any, **options: Any) -> Any:
+            found = logits(self, *given, **options)
+            if waiting:
+                waiting.pop()()
+            return found
+
+        monkeypatch.setattr(Engine, "logits", late)
+
+    return happen
+
+
+def test_a_label_that_is_submitted_during_a_look_is_looked_at_again(
+    app: MSHubApp, spare: SpareTime, meanwhile: Callable[[Callable[[], Any]], None]
+) -> None:
+    """It was read with the names of the label before it, and kept as what the version sees of the new one."""
+
+    def renumbered() -> None:
+        path = Path(app.datastore().get_label_uri("b", "final"))
+        label = read_volume(path)
+        write_volume(swapped, np.array([0, 2, 1], np.uint8)[label.array_xyz], label.grid)
+        time.sleep(1.1)  # labels of one second are the same to the case index
+        info = [{"name": "liver", "idx": 2}, {"name": "spleen", "idx": 1}]
+        app.datastore().save_label("b", str(swapped), "final", {"label_info": info})
+
+    swapped = app.config.home / "swapped.nii.gz"
+    submit(app, "b")
+    meanwhile(renumbered)
+    version, index = app.store.current("tiny"), app.active_learning.casebook.index
+    spare._look.compare(version, "b", lambda: None)
+    submitted = app.datastore().get_label_info("b", "final")
+    ((state, dice),) = index.label_dice("tiny", "v1").values()
+    assert dice == pytest.approx(submitted["agreement"]["dice"]), "the label that was looked at is the old one"
+    assert state != str(submitted["ts"]), "the new one is looked at as well"
+
+
+def test_an_image_that_is_replaced_while_it_is_segmented_gets_nothing_of_the_old_one(
+    app: MSHubApp, spare: SpareTime, meanwhile: Callable[[Callable[[], Any]], None]
+) -> None:
+    seeds = iter(range(90, 99))
+
+    def replace_image() -> None:
+        make_image(Path(app.studies) / "a.nii.gz", SHAPE, seed=next(seeds))
+
+    version, index = app.store.current("tiny"), app.active_learning.casebook.index
+    meanwhile(replace_image)
+    before = set(results_folder().iterdir())
+    with pytest.raises(HTTPException, match="The image a was replaced while it was segmented") as error:
+        app.infer({"model": "tiny", "image": "a", "save_label": True})
+    assert error.value.status_code == 409
+    assert app.datastore().get_labels_by_image_id("a") == {}
+    assert known(app) == set()
+    assert set(results_folder().iterdir()) == before
+    meanwhile(replace_image)
+    spare._look.measure(version, "a", lambda: None)
+    assert known(app) == set()
+    submit(app, "a")
+    index.forget_image("a")
+    meanwhile(replace_image)
+    spare._look.compare(version, "a", lambda: None)
+    assert (known(app), index.label_dice("tiny", "v1")) == (set(), {})
+    spare._look.compare(version, "a", lambda: None)
+    assert (known(app), set(index.label_dice("tiny", "v1"))) == ({"a"}, {"a"})
+
+
+def test_a_pre_label_that_is_replaced_while_a_correction_is_checked_is_not_taken_for_its_own(
+    app: MSHubApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = datastore_module.read_correction
+
+    def read_late(*given: Any) -> Any:
+        correction = read(*given)
+        if not other:
+            label = read_volume(Path(app.datastore().get_label_uri("b", "original")))
+            path = app.config.home / "other.nii.gz"
+            write_volume(path, np.array([0, 2, 1], np.uint8)[label.array_xyz], label.grid)
+            params = {"model": "another", "model_version": "v7", "label_names": {"liver": 2, "spleen": 1}}
+            other.append(app.datastore().save_prediction("b", path, "original", {"params": params}))
+        return correction
+
+    other: list[str] = []
+    monkeypatch.setattr(datastore_module, "read_correction", read_late)
+    submit(app, "b")
+    told = app.datastore().get_label_info("b", "final")
+    assert other
+    assert told["started_from"] == {"model": "tiny", "version": "v1"}
+    assert told["doubts"] == []
+    assert min(told["agreement"]["dice"].values()) > 0
+    app.on_save_label("b", "b")
+    (row,) = app.active_learning.casebook.index.agreements("tiny", "v1")
+    assert row.score is None, "what is known of the pre-label that is there now says nothing of this one"
 
 
 def test_an_image_that_cannot_be_predicted_is_tried_once(app: MSHubApp, spare: SpareTime) -> None:

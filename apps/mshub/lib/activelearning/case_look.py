@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from lib.activelearning.casebook import Casebook
+from lib.activelearning.casebook import FINAL, Casebook, label_state
 from lib.datastore import StudiesFolder
 from lib.infers import NNUNetInferTask
 from lib.pacs import PacsStudies
@@ -47,12 +50,14 @@ class CaseLook:
         self._borrowed: set[str] = set()
 
     def measure(self, version: ModelVersion, image: str, check: Check) -> None:
-        """Measure how sure the model is of an image, and keep it."""
+        """Measure how sure the model is of an image, and keep it; not of one that was replaced meanwhile."""
         datastore = self._datastore()
+        state = datastore.image_state(image)
         with self._borrowing(datastore):
             files = datastore.case_channels(image, version.channels)
             uncertainty = self._task(version.model_id).measure(version, files, check)
-        self._casebook.note_uncertainty(image, version, uncertainty, datastore)
+        if datastore.is_still(image, state):
+            self._casebook.note_uncertainty(image, version, uncertainty, datastore)
 
     @contextmanager
     def _borrowing(self, datastore: StudiesFolder) -> Iterator[None]:
@@ -68,17 +73,29 @@ class CaseLook:
             self._borrowed |= datastore.copies() - before
 
     def compare(self, version: ModelVersion, image: str, check: Check) -> None:
-        """Predict a labelled image, and keep how sure the model is and how its label agrees."""
+        """Predict a labelled image, and keep how sure the model is and how its label agrees.
+
+        Where the image or its label is replaced meanwhile, nothing is kept: it is looked at again.
+        """
         datastore = self._datastore()
+        datastore.settle()
+        state, label = datastore.image_state(image), label_state(datastore, image)
         case = datastore.reviewed_case(image, version.channels)
         if case is None:
             raise CaseError(f"The final label of {image} cannot be read; the log says why.")
-        prediction = self._task(version.model_id).predict(version, list(case.images), check)
-        label = read_reviewed_label(case, prediction.labels.grid)
-        found = agreement(case.reviewed, label, case.values, prediction.labels.array_xyz, prediction.names)
+        with tempfile.TemporaryDirectory() as folder:
+            path, _ = datastore.copy_label(image, FINAL, Path(folder))
+            if path is None or label_state(datastore, image) != label:
+                return
+            case = replace(case, label=path)
+            prediction = self._task(version.model_id).predict(version, list(case.images), check)
+            array = read_reviewed_label(case, prediction.labels.grid)
+        if not datastore.is_still(image, state):
+            return
+        found = agreement(case.reviewed, array, case.values, prediction.labels.array_xyz, prediction.names)
         if prediction.uncertainty is not None:
             self._casebook.note_uncertainty(image, version, prediction.uncertainty, datastore)
-        self._casebook.note_look(image, version, found, datastore)
+        self._casebook.note_look(image, version, found, label)
 
     def prelabel(self, version: ModelVersion, image: str, check: Check) -> None:
         """Predict an image as a client would, and keep the label as its pre-label."""

@@ -84,14 +84,14 @@ class Casebook:
             return
         agreement, started_from = found
         prelabel = datastore.get_label_info(image, ORIGINAL).get("params", {})
-        score = prelabel["uncertainty"]["agreement"] if self._is_comparable(prelabel) else None
         model, version = started_from["model"], started_from["version"]
+        is_its = (prelabel.get("model"), prelabel.get("model_version")) == (model, version)  # another may be there now
+        score = prelabel["uncertainty"]["agreement"] if is_its and self._is_comparable(prelabel) else None
         self.index.keep_agreement(image, model, version, agreement.dice, agreement.edited_voxels, score=score)
 
-    def note_look(self, image: str, version: ModelVersion, agreement: Agreement, datastore: StudiesFolder) -> None:
-        """Keep how the final label of an image agrees with what a version sees, which may have learned from it."""
-        label = label_state(datastore, image)
-        self.index.keep_label_dice(image, version.model_id, version.version, agreement.dice, label_state=label)
+    def note_look(self, image: str, version: ModelVersion, agreement: Agreement, label_state: str) -> None:
+        """Keep how a final label of an image agrees with what a version sees, which may have learned from it."""
+        self.index.keep_label_dice(image, version.model_id, version.version, agreement.dice, label_state=label_state)
 
     # -- what is known ------------------------------------------------------------------------------------------
 

@@ -52,7 +52,7 @@ class NNUNetTrainTask(TrainTask):  # type: ignore[misc]
         ----------
         cases : sequence of ReviewedCase, optional
             All reviewed cases; with them, ``mshub`` holds the numbers ``reviewed_cases`` (that fit this model) and
-            ``new_cases`` (of these, that no version has seen).
+            ``new_cases`` (of these, that no version has seen; left out while that is being looked at).
         """
         version = self._store.current(self.model_id)
         info = {
@@ -62,7 +62,10 @@ class NNUNetTrainTask(TrainTask):  # type: ignore[misc]
         if cases is None:
             return info
         fitting = self.fitting(cases)
-        return {**info, "mshub": {"reviewed_cases": len(fitting), "new_cases": len(self.new(fitting))}}
+        numbers = {"reviewed_cases": len(fitting)}
+        if self._last_trained() is None or self._digests.prepare_soon(fitting):
+            numbers["new_cases"] = len(self.new(fitting))
+        return {**info, "mshub": numbers}
 
     def config(self) -> dict[str, Any]:
         """Return the options a client may set, each with its default."""
