@@ -62,6 +62,8 @@ UNPROTECTED = (
 )
 RESUME_WITHIN_S = 2 * STOP_GRACE_S
 """How long after its start a server looks for trainings that break off."""
+WATCH_EVERY_S = 30.0
+"""How often a server looks whether the folder of studies is still watched."""
 PREPARED_BYTES = 20 * 2**30
 """Disk for networks that OpenVINO has prepared."""
 DESCRIPTION = "nnU-Net models for automatic segmentation, fine-tuned with your corrections. For research use."
@@ -97,6 +99,7 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         self._infers: dict[str, NNUNetInferTask] = {}
         self._warm_up = WarmUp(lambda: list(self._infers.values()), self.cache)
         self._trainers: dict[str, NNUNetTrainTask] = {}
+        self._refreshing = threading.Lock()
         os.environ.setdefault("PYTHONPATH", app_dir)  # MONAI Label's background tasks read it without a default
         super().__init__(
             app_dir,
@@ -198,6 +201,7 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         Janitor(self._sweeping()).start()
         self._leave_tidy()
         if isinstance(self.datastore(), StudiesFolder):
+            Janitor([self.datastore().keep_watching], WATCH_EVERY_S).start()
             facts = (self._task, self._infer_in_turn, self._studies, self._served, self._modalities)
             self.active_learning.start(self.activity, self.jobs, *facts)
         if isinstance(self.datastore(), PacsStudies):
@@ -238,6 +242,13 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
             return None
         return UploadSessions(settings.MONAI_LABEL_SESSION_PATH, settings.MONAI_LABEL_SESSION_EXPIRY)
 
+    def cleanup_sessions(self) -> None:
+        """Remove uploads that have ended; whatever goes wrong, MONAI Label's thread that calls this goes on."""
+        try:
+            super().cleanup_sessions()
+        except Exception:
+            logger.exception("uploads that have ended were not removed; it is tried again")
+
     def _resume_trainings(self) -> None:
         """Let trainings that broke off go on, also those that are about to: the last server may have died just now."""
         until = time.monotonic() + RESUME_WITHIN_S
@@ -264,8 +275,9 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
 
     def _refresh(self) -> None:
         """Take in models installed or removed since; tasks that exist keep their open model."""
-        self._infers = {model: self._infers.get(model) or self._infer_task(model) for model in self._served()}
-        self._trainers = self._current_trainers()
+        with self._refreshing:  # or what was read before a model came would replace what was read after
+            self._infers = {model: self._infers.get(model) or self._infer_task(model) for model in self._served()}
+            self._trainers = self._current_trainers()
 
     def _infer_task(self, model: str) -> NNUNetInferTask:
         return NNUNetInferTask(model, self.store, self.cache, self.config, self.activity, self.images)

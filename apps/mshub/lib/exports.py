@@ -47,9 +47,7 @@ def export_label(datastore: StudiesFolder, image: str, tag: str, format: str) ->
     """
     check_format(format, (NRRD, *FORMATS))
     with as_http_errors(), tempfile.TemporaryDirectory(prefix="mshub-export-") as folder:
-        path, info = datastore.copy_label(image, tag, Path(folder))
-        if path is None:
-            raise not_found(f"label of {image} tagged", tag, sorted(datastore.get_labels_by_image_id(image)))
+        path, info = _copied(datastore, image, tag, Path(folder))
         array = read_volume(path, allow_constant=True).array_xyz
         names = _names(path, info, tag, datastore)
     with as_http_errors():
@@ -61,6 +59,27 @@ def export_label(datastore: StudiesFolder, image: str, tag: str, format: str) ->
         slices, grid = datastore.pixelwise(image, array)
         small = slices.astype("uint8" if max(names.values(), default=0) < 256 else "uint16", copy=False)
         return _written(".nrrd", lambda file: write_volume(file, small, grid, compress=False)), names
+
+
+def copy_of_label(datastore: StudiesFolder, image: str, tag: str) -> tuple[Path, str]:
+    """Copy a stored label to a temporary file, which the caller removes; returns it and the label's own file name.
+
+    Raises
+    ------
+    HTTPException
+        404 without such a label.
+    """
+    with tempfile.TemporaryDirectory(prefix="mshub-export-") as folder:
+        copy, _ = _copied(datastore, image, tag, Path(folder))
+        return _written("", copy.replace), copy.name
+
+
+def _copied(datastore: StudiesFolder, image: str, tag: str, folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Copy a label into a folder; returns the copy and what is known of it, 404 without such a label."""
+    path, info = datastore.copy_label(image, tag, folder)
+    if path is None:
+        raise not_found(f"label of {image} tagged", tag, sorted(datastore.get_labels_by_image_id(image)))
+    return path, info
 
 
 def export_prediction(datastore: Any, image: str, label: Path, params: Mapping[str, Any], format: str) -> Path:

@@ -57,6 +57,7 @@ class IndexedFolder(LocalDatastore):  # type: ignore[misc]
         self._journal, self._read_only = IndexJournal(index), read_only
         self._absent: MutableMapping[str, ImageLabelModel] = {}  # who uses it holds the lock
         self._tidied: date | None = None
+        self._is_blind = False
         super().__init__(path, extensions=extensions, auto_reload=auto_reload, read_only=read_only)
         if auto_reload and hasattr(self, "_observer"):
             self._watch()
@@ -312,9 +313,33 @@ class IndexedFolder(LocalDatastore):  # type: ignore[misc]
 
     def _watch(self) -> None:
         """Take in what another process, such as a batch, stores."""
-        watch = _Watch([str(self._journal.index), str(self._journal.path)], self._take_in)
-        self._observer.schedule(watch, path=self._datastore_path, recursive=True)
         self._handler.on_moved = self._on_moved
+        self._handlers = (self._handler, _Watch([str(self._journal.index), str(self._journal.path)], self._take_in))
+        self._observer.schedule(self._handlers[1], path=self._datastore_path, recursive=True)
+
+    def keep_watching(self) -> str:
+        """Watch the folder again, and look at all of it, where watchdog's thread ended; returns nothing, as a task.
+
+        It ends for good, and says nothing, where it cannot read the folder once: a share that is away for a moment.
+        """
+        observer = getattr(self, "_observer", None)
+        if observer is None or not observer.is_alive():  # nobody asked for it, or it was told in the log at the start
+            return ""
+        is_watched = bool(observer.emitters) and all(emitter.is_alive() for emitter in observer.emitters)
+        if is_watched and not self._is_blind:
+            return ""
+        if not self._is_blind:
+            logger.error("the folder of studies is not watched any more; it is again once it can be read")
+            self._is_blind = True
+        with suppress(OSError):  # it is tried again
+            if not is_watched:
+                observer.unschedule_all()
+                for handler in self._handlers:
+                    observer.schedule(handler, path=self._datastore_path, recursive=True)
+            self.refresh()
+            self._is_blind = False
+            logger.warning("the folder of studies is watched again")
+        return ""
 
     def _on_any_event(self, event: FileSystemEvent) -> None:
         """Look at the folder again; whatever goes wrong, the thread that tells of changes goes on."""

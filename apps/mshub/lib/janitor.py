@@ -29,16 +29,17 @@ ANYTHING = re.compile(".*")
 
 
 class Janitor:
-    """Sweeps every hour, in a thread that ends with the process.
+    """Sweeps every hour, or as often as is said, in a thread that ends with the process.
 
     Parameters
     ----------
     tasks : iterable of callable
         Each returns what it removed, as a sentence, or nothing.
+    every_s : float
     """
 
-    def __init__(self, tasks: Iterable[Callable[[], str]]) -> None:
-        self._tasks = tuple(tasks)
+    def __init__(self, tasks: Iterable[Callable[[], str]], every_s: float = EVERY_S) -> None:
+        self._tasks, self._every_s = tuple(tasks), every_s
 
     def start(self) -> None:
         """Sweep now and from now on."""
@@ -56,7 +57,7 @@ class Janitor:
     def _work(self) -> None:
         while True:
             self.sweep()
-            time.sleep(EVERY_S)
+            time.sleep(self._every_s)
 
 
 def trim(folder: Path, most_bytes: int, unused_s: float = ABANDONED_S) -> str:

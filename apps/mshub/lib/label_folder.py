@@ -70,7 +70,10 @@ class LabelFolder(IndexedFolder):
             path = self._label_file(image_id, tag)
             if path is None:
                 return None, {}
-            return Path(shutil.copyfile(path, folder / path.name)), self.get_label_info(image_id, tag)
+            try:
+                return Path(shutil.copyfile(path, folder / path.name)), self.get_label_info(image_id, tag)
+            except FileNotFoundError:  # removed by hand; a share may say for seconds that it is there
+                return None, {}
 
     def settle(self) -> None:
         """Wait for labels that are being stored, and take in what other processes stored."""

@@ -77,7 +77,15 @@ class UploadSessions(Sessions):  # type: ignore[misc]
         if found is not None and update_ts:
             found.last_access_ts = int(time.time())
             self._note_use(session_id, found)
+            if not Path(found.image).exists():  # it was removed meanwhile
+                self.remove_session(session_id)
+                return None
         return found
+
+    def remove_session(self, session_id: str) -> None:
+        """Remove a session, also one that somebody else removes at this moment."""
+        self.pop(session_id, None)
+        shutil.rmtree(Path(self.store_path) / session_id, ignore_errors=True)
 
     def _note_use(self, session_id: str, found: SessionInfo) -> None:
         """Note when a session was used last; what cannot be noted, as on a full disk, is no reason to refuse it."""
@@ -91,16 +99,27 @@ class UploadSessions(Sessions):  # type: ignore[misc]
         replace_text(Path(self.store_path) / session_id / "meta.info", session_info.to_str())
 
     def remove_expired(self) -> int:
-        """Remove what has ended, and what is left of uploads that broke off; returns how many."""
+        """Remove what has ended, and what is left of uploads that broke off; returns how many.
+
+        One that cannot be looked at, as somebody else removes it, keeps no other from being removed.
+        """
         folder, count = Path(self.store_path), 0
         for path in [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else ():
-            is_described = (path / "meta.info").exists()
-            if not is_described and time.time() - path.stat().st_mtime < UNFINISHED_S:
-                continue
-            if not is_described or self.get_session(path.name, update_ts=False, fetch_cache=False) is None:
-                shutil.rmtree(path, ignore_errors=True)
-                count += 1
+            try:
+                count += self._remove_ended(path)
+            except (OSError, KeyError) as error:
+                logger.warning("a session is passed over (%s)", type(error).__name__)
         return count
+
+    def _remove_ended(self, path: Path) -> bool:
+        """Remove the folder of a session that has ended; returns whether it has."""
+        is_described = (path / "meta.info").exists()
+        if not is_described and time.time() - path.stat().st_mtime < UNFINISHED_S:
+            return False
+        if is_described and self.get_session(path.name, update_ts=False, fetch_cache=False) is not None:
+            return False
+        shutil.rmtree(path, ignore_errors=True)
+        return True
 
 
 def _remove_upload(path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,30 @@ def test_a_model_added_while_the_server_runs_is_offered_and_a_removed_one_is_not
     assert result["params"]["label_names"] == {"whole tumour": 1, "core": 2}
     shutil.rmtree(installed.home / "models" / "tiny")
     assert sorted(app.info()["models"]) == ["tumour"]
+
+
+def test_a_list_of_models_that_was_read_before_never_replaces_a_newer_one(
+    app: MSHubApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads, go_on = threading.Event(), threading.Event()
+
+    def served() -> list[str]:
+        if threading.current_thread() is not old:
+            return ["tiny"]
+        reads.set()
+        go_on.wait(20)
+        return []
+
+    monkeypatch.setattr(app, "_served", served)
+    old, new = threading.Thread(target=app._refresh), threading.Thread(target=app._refresh)
+    old.start()
+    assert reads.wait(20)
+    new.start()
+    new.join(0.5)  # it waits for the other
+    go_on.set()
+    for thread in (old, new):
+        thread.join(20)
+    assert (list(app._infers), list(app._trainers)) == (["tiny"], ["tiny"])
 
 
 def test_info_says_where_a_model_is_from_and_on_which_terms(app: MSHubApp, liver_spleen: Path) -> None:

@@ -7,7 +7,9 @@ import json
 import logging
 import os
 import re
+import shutil
 import tempfile
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +17,9 @@ from types import SimpleNamespace
 import pytest
 from fastapi import HTTPException
 from monailabel.interfaces.app import MONAILabelApp
+from monailabel.utils.sessions import SessionInfo
 
+from lib.app import MSHubApp
 from lib.infers import results_folder
 from lib.janitor import (
     ABANDONED_S,
@@ -89,6 +93,27 @@ def test_one_task_that_fails_does_not_keep_the_others_from_theirs(caplog: pytest
         Janitor([fail, lambda: "", lambda: "3 things"]).sweep()
     assert "disk on fire" in caplog.text
     assert "swept: 3 things" in caplog.text
+
+
+def test_the_janitor_comes_as_often_as_is_said() -> None:
+    came, often = list[int](), threading.Event()
+
+    def come() -> str:
+        came.append(1)
+        if len(came) == 3:
+            often.set()
+            threading.Event().wait()  # the thread ends with the process
+        return ""
+
+    Janitor([come], every_s=0.01).start()
+    assert often.wait(20)
+
+
+def test_a_server_looks_after_the_watch_over_its_folder(clinic: MSHubApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = threading.Event()
+    monkeypatch.setattr(clinic.datastore(), "keep_watching", lambda: looked.set() or "")
+    clinic.on_init_complete()
+    assert looked.wait(20)
 
 
 # -- sessions ---------------------------------------------------------------------------------------------------------
@@ -178,6 +203,53 @@ def test_monai_label_sweeps_the_sessions_of_before_a_restart(sessions: UploadSes
     aged_info = json.loads((Path(info.path) / "meta.info").read_text()) | {"last_access_ts": int(time.time()) - 100}
     (Path(info.path) / "meta.info").write_text(json.dumps(aged_info))
     MONAILabelApp.cleanup_sessions(SimpleNamespace(_sessions=UploadSessions(sessions.store_path, 3600)))
+    assert not Path(info.path).exists()
+
+
+@pytest.mark.parametrize("trouble", [FileNotFoundError, PermissionError, KeyError])
+def test_a_session_that_cannot_be_looked_at_keeps_no_other_from_being_swept(
+    sessions: UploadSessions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: type[Exception]
+) -> None:
+    for _ in range(3):
+        sessions.add_session(upload(tmp_path), expiry=60)
+    asked, get_session = list[str](), sessions.get_session
+
+    def get(session_id: str, **options: bool) -> object:
+        asked.append(session_id)
+        if len(asked) == 2:
+            raise trouble(session_id)
+        return get_session(session_id, **options)
+
+    monkeypatch.setattr(sessions, "get_session", get)
+    now = time.time()
+    monkeypatch.setattr("lib.sessions.time.time", lambda: now + 120)
+    assert sessions.remove_expired() == 2
+    assert [path.name for path in Path(sessions.store_path).iterdir()] == [asked[1]]
+
+
+def test_two_may_remove_a_session_at_once(
+    sessions: UploadSessions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MONAI Label asks whether it knows a session, and then removes it."""
+    number, info = sessions.add_session(upload(tmp_path))
+    sessions.remove_session(number)
+    monkeypatch.setattr(sessions, "get", lambda *_: info)
+    sessions.remove_session(number)
+    assert sessions.get_session(number) is None
+
+
+def test_a_session_that_goes_while_it_is_asked_for_is_gone(
+    sessions: UploadSessions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number, info = sessions.add_session(upload(tmp_path))
+    note = sessions._write_meta_info
+
+    def removed_and_noted(session_id: str, found: SessionInfo) -> None:
+        shutil.rmtree(info.path)
+        note(session_id, found)
+
+    monkeypatch.setattr(sessions, "_write_meta_info", removed_and_noted)
+    assert sessions.get_session(number) is None
     assert not Path(info.path).exists()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import tempfile
 import threading
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import httpx
 import pytest
+from fastapi.responses import FileResponse
 from fastapi.testclient import TestClient
+from monailabel.utils.others.generic import get_mime_type
 from starlette.types import Message
 
 from factories import make_image, odd_grids
@@ -68,7 +71,7 @@ def left(tmp_path: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize(("wanted", "status"), RANGES.items())
-@pytest.mark.parametrize("path", ["/mshub/export/a", "/datastore/dataset"])
+@pytest.mark.parametrize("path", ["/mshub/export/a", "/datastore/dataset", "/datastore/label?label=a&tag=final"])
 def test_no_download_leaves_a_file(
     server: TestClient, review: Callable[..., None], tmp_path: Path, path: str, wanted: str, status: int
 ) -> None:
@@ -77,6 +80,65 @@ def test_no_download_leaves_a_file(
     answer = server.get(path, headers={"Range": wanted} if wanted else {})
     assert answer.status_code == status
     assert left(tmp_path) == before
+
+
+def test_a_label_that_is_replaced_while_it_is_sent_arrives_whole(
+    server: TestClient, clinic: MSHubApp, review: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    review("a", "liver")
+    label = Path(clinic.datastore().get_label_uri("a", "final"))
+    content, start = label.read_bytes(), FileResponse.set_stat_headers
+
+    def replaced(answer: FileResponse, facts: os.stat_result) -> None:
+        start(answer, facts)
+        label.write_bytes(bytes(3))
+
+    monkeypatch.setattr(FileResponse, "set_stat_headers", replaced)
+    answer = server.get("/datastore/label?label=a&tag=final")
+    assert label.read_bytes() == bytes(3)
+    assert (answer.status_code, answer.content) == (200, content)
+    assert answer.headers["content-disposition"] == 'attachment; filename="a.nii.gz"'
+    assert answer.headers["content-type"] == get_mime_type(str(label))
+
+
+def test_a_label_that_is_gone_is_a_404(
+    server: TestClient,
+    clinic: MSHubApp,
+    review: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    review("a", "liver")
+    before = left(tmp_path)
+    for query in ("label=a&tag=other", "label=b&tag=final", "label=none&tag=final", "label=a&tag=../final"):
+        answer = server.get(f"/datastore/label?{query}")
+        assert (answer.status_code, "There is no label of" in answer.json()["detail"]) == (404, True)
+    assert server.head("/datastore/label?image=a&tag=final").status_code == 200
+    label = Path(clinic.datastore().get_label_uri("a", "final"))
+    label.unlink()
+    assert server.head("/datastore/label?image=a&tag=final").status_code == 404
+    assert server.get("/datastore/label?label=a&tag=final").status_code == 404
+    monkeypatch.setattr(clinic.datastore(), "_label_file", lambda *_: label)  # a share that does not know yet
+    assert server.get("/datastore/label?label=a&tag=final").status_code == 404
+    assert left(tmp_path) == before
+
+
+def test_an_image_that_goes_before_it_is_sent_is_a_404(
+    server: TestClient, clinic: MSHubApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = Path(clinic.datastore().get_image_uri("a"))
+    answer = server.get("/datastore/image?image=a")
+    assert (answer.content, answer.headers["content-type"]) == (image.read_bytes(), get_mime_type(str(image)))
+    assert answer.headers["content-disposition"] == 'attachment; filename="a.nii.gz"'
+
+    def removed(path: str) -> str:
+        Path(path).unlink()
+        return "application/octet-stream"
+
+    monkeypatch.setattr("monailabel.endpoints.datastore.get_mime_type", removed)
+    answer = server.get("/datastore/image?image=a")
+    assert (answer.status_code, answer.headers["X-MSHub-Error"]) == (404, "not-found")
+    assert "'a.nii.gz' is not there any more" in answer.json()["detail"]
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 from fastapi.testclient import TestClient
+from monailabel.utils.sessions import SessionInfo
 
 from factories import make_image
 from lib.app import MSHubApp
@@ -141,6 +143,34 @@ def test_a_full_disk_is_507_wherever_it_is_met(
 
     monkeypatch.setattr("lib.datastore.replace_by_copy", full)
     assert "Free some space" in refused(put(server, "n.nii.gz", scan), 507, "insufficient-storage")
+
+
+def test_a_session_that_somebody_else_removes_is_a_404(
+    server: TestClient, clinic: MSHubApp, scan: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sessions = clinic.sessions()
+    note = sessions._write_meta_info
+
+    def removed_and_noted(session_id: str, found: SessionInfo) -> None:
+        shutil.rmtree(found.path)
+        note(session_id, found)
+
+    for method, query in (("GET", "?update_ts=true"), ("GET", "?image=true"), ("DELETE", "")):
+        number = server.put("/session/", files={"files": ("a.nii.gz", scan)}).json()["session_id"]
+        with monkeypatch.context() as patch:
+            patch.setattr(sessions, "_write_meta_info", removed_and_noted)
+            assert server.request(method, f"/session/{number}{query}").status_code == 404
+
+
+def test_a_clean_up_that_fails_is_told_and_does_not_end_the_thread(
+    clinic: MSHubApp, server: TestClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> int:
+        raise RuntimeError("disk on fire")
+
+    monkeypatch.setattr(clinic.sessions(), "remove_expired", fail)
+    clinic.cleanup_sessions()
+    assert "disk on fire" in caplog.text
 
 
 @pytest.mark.parametrize(("path", "field"), [("/datastore/image", "file"), ("/session/", "files")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import shutil
@@ -343,6 +344,65 @@ def test_a_server_that_watches_loses_no_names_while_an_image_is_copied_anew(
     finally:
         server._observer.stop()
         server._observer.join()
+
+
+@pytest.mark.parametrize("on_mount", [True, False], ids=["polling", "inotify"])
+def test_a_folder_that_was_away_for_a_moment_is_watched_again(
+    studies: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, on_mount: bool
+) -> None:
+    monkeypatch.setattr(StudiesFolder, "_is_on_mount", lambda *_: on_mount)
+    server = opened(studies, auto_reload=True)
+    try:
+        ended = next(iter(server._observer.emitters))
+        assert server.keep_watching() == ""
+        assert ended in server._observer.emitters, "what is well is left alone"
+        away = studies.rename(studies.with_name("away"))
+        if not on_mount:
+            ended.stop()
+        assert within(10, lambda: not ended.is_alive())
+        make_image(away / "new.nii.gz", SHAPE)
+        with caplog.at_level(logging.WARNING, logger="lib.indexed_folder"):
+            server.keep_watching()
+            server.keep_watching()
+            assert [record.levelname for record in caplog.records] == ["ERROR"]
+            away.rename(studies)
+            server.keep_watching()
+            server.keep_watching()
+        assert [record.levelname for record in caplog.records] == ["ERROR", "WARNING"]
+        assert "new" in server.list_images()
+        make_image(studies / "newer.nii.gz", SHAPE)
+        opened(studies).update_image_info("a", {"patient": "one"})
+        assert within(10, lambda: "newer" in server.list_images())
+        assert within(10, lambda: server.get_image_info("a").get("patient") == "one")
+    finally:
+        server._observer.stop()
+        server._observer.join()
+    assert server.keep_watching() == ""
+    assert not server._observer.emitters
+
+
+def test_a_folder_that_is_watched_again_is_looked_at_once_that_can_be_done(
+    studies: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = opened(studies, auto_reload=True)
+    try:
+        ended = next(iter(server._observer.emitters))
+        ended.stop()
+        make_image(studies / "new.nii.gz", SHAPE)
+        assert within(10, lambda: not ended.is_alive())
+        with monkeypatch.context() as patch:
+            patch.setattr("lib.indexed_folder._names", _not_there)
+            server.keep_watching()
+        assert "new" not in server.list_images()
+        server.keep_watching()
+        assert "new" in server.list_images()
+    finally:
+        server._observer.stop()
+        server._observer.join()
+
+
+def _not_there(folder: Path) -> set[str]:
+    raise OSError(errno.ESTALE, "Stale file handle")
 
 
 def within(seconds: float, is_so: Callable[[], bool]) -> bool:

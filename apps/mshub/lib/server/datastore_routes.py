@@ -12,20 +12,20 @@ from fastapi.responses import Response
 from monailabel.endpoints import datastore, session
 from monailabel.interfaces.datastore import DefaultLabelTag
 from monailabel.interfaces.utils.app import app_instance
-from monailabel.utils.others.generic import file_checksum
+from monailabel.utils.others.generic import file_checksum, get_mime_type
 
 from lib import audit
+from lib.exports import copy_of_label
 from lib.faults import check_name
 from lib.server.asked import Admin, Annotator, AnyUser, by, signed
 from lib.server.json_input import json_object
-from lib.server.sent_files import SentOnce
+from lib.server.sent_files import SentOnce, sent
 from lib.server.uploads import (
     base_name,
     check_images,
     received,
     remove_uploads,
     rename,
-    session_exists,
     volume_ending,
 )
 from lib.sessions import refuse_archive
@@ -40,7 +40,7 @@ def list_datastore(user: AnyUser, output: datastore.ResultType | None = None) ->
 
 def download_image(user: AnyUser, image: str) -> Any:
     """Return an image as a file; of a series of the PACS, its volume."""
-    return datastore.download_image(image)
+    return sent(datastore.download_image(image))
 
 
 def check_image(user: AnyUser, image: str, check_sum: str | None = None) -> Any:
@@ -94,6 +94,12 @@ def save_label(
         remove_uploads(background_tasks)
 
 
+def download_label(user: AnyUser, label: str, tag: str) -> Response:
+    """Return a label as a file: a copy, as another one may take its place while it is sent; 404 if there is none."""
+    path, name = copy_of_label(app_instance().datastore(), label, tag)
+    return SentOnce(path, media_type=get_mime_type(name), filename=name)
+
+
 def remove_label(user: Admin, id: str, tag: str) -> Any:
     """Remove a label; 404 if there is none."""
     if tag not in app_instance().datastore().get_labels_by_image_id(id):
@@ -143,11 +149,12 @@ def create_session(
 
 def show_session(user: Annotator, session_id: str, update_ts: bool = False, image: bool = False) -> Any:
     """Return what a session holds, or its image as a file."""
-    if image and session_exists(session_id) and Path(app_instance().sessions().get_session(session_id).image).is_dir():
+    answer = session.get_session(session_id, update_ts or image, image)
+    if image and Path(answer.path).is_dir():
         raise HTTPException(
             400, "This session holds several files, which are no single file: ask without image=true for what it is."
         )
-    return session.get_session(session_id, update_ts, image)
+    return sent(answer) if image else answer
 
 
 ROUTES = (
@@ -158,6 +165,7 @@ ROUTES = (
     ("PUT", "/datastore/", add_image, "Datastore"),
     ("PUT", "/datastore/image", add_image, "Datastore"),
     ("PUT", "/datastore/image/info", note_image_info, "Datastore"),
+    ("GET", "/datastore/label", download_label, "Datastore"),
     ("PUT", "/datastore/label", save_label, "Datastore"),
     ("DELETE", "/datastore/label", remove_label, "Datastore"),
     ("PUT", "/datastore/label/info", note_label_info, "Datastore"),

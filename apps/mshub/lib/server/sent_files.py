@@ -1,6 +1,7 @@
-"""Temporary files as answers: they are removed however the answer ends.
+"""Files as answers: one that is gone is a 404, and temporary ones are removed however the answer ends.
 
-Starlette forgets a response's background tasks where a client asks for a range that cannot be, or hangs up.
+Starlette takes a file that is gone by then for a fault of the program's, and forgets a response's background tasks
+where a client asks for a range that cannot be, or hangs up.
 """
 
 from __future__ import annotations
@@ -9,8 +10,27 @@ from functools import partial
 from pathlib import Path
 
 import anyio
+from fastapi import HTTPException
 from fastapi.responses import FileResponse
 from starlette.types import Receive, Scope, Send
+
+
+class Sent(FileResponse):
+    """An answer that is a file others may remove; parameters as `FileResponse`."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the file; 404 if it is gone."""
+        try:
+            await super().__call__(scope, receive, send)
+        except RuntimeError as error:
+            if Path(self.path).is_file():
+                raise
+            raise HTTPException(404, f"The file {self.filename!r} is not there any more.") from error
+
+
+def sent(answer: FileResponse) -> Sent:
+    """Return a file that MONAI Label answers with as one that may be gone."""
+    return Sent(answer.path, media_type=answer.media_type, filename=answer.filename)
 
 
 class SentOnce(FileResponse):
