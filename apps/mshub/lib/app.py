@@ -448,9 +448,8 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
 
     def _task(self, model: Any) -> NNUNetInferTask:
         self._refresh()
-        if not isinstance(model, str) or model not in self._infers:
-            self._refuse_model(model)
-        return self._infers[model]
+        task = self._infers.get(model) if isinstance(model, str) else None
+        return task or self._refuse_model(model)
 
     def _refuse_model(self, model: Any) -> NoReturn:
         if model in self.store.catalogue().ids and model not in self.store.installed():
@@ -505,9 +504,8 @@ class MSHubApp(MONAILabelApp):  # type: ignore[misc]
         studies_of(self.datastore())
         if not settings.MONAI_LABEL_TASKS_TRAIN:
             raise HTTPException(405, "Training is switched off on this server (MONAI_LABEL_TASKS_TRAIN).")
-        if not isinstance(model, str) or model not in self._trainers:
-            self._refuse_model(model)
-        return self._trainers[model]
+        trainer = self._trainers.get(model) if isinstance(model, str) else None
+        return trainer or self._refuse_model(model)
 
 
 def _full(studies: str) -> str:

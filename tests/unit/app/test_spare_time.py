@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fastapi import HTTPException
+from fastapi.testclient import TestClient
 
 from factories import make_image
 from lib import datastore as datastore_module
@@ -144,6 +145,22 @@ def test_an_image_that_was_replaced_is_looked_at_again(app: MSHubApp, spare: Spa
     make_image(Path(app.studies) / "a.nii.gz", SHAPE, seed=77)
     assert spare.once() == 0.0
     assert app.active_learning.casebook.index.score("a", "tiny", "v1") != before
+
+
+def test_nothing_is_known_of_an_image_that_comes_under_the_name_of_one_that_was_removed(
+    app: MSHubApp, spare: SpareTime, serve: Callable[[object], TestClient]
+) -> None:
+    for _ in NAMES:
+        spare.once()
+    casebook, version = app.active_learning.casebook, app.store.current("tiny")
+    assert set(casebook.scores(version)) == set(NAMES)
+    assert serve(app).delete("/datastore/?id=a").status_code == 200
+    make_image(Path(app.studies) / "a.nii.gz", SHAPE, seed=78)
+    app.datastore().refresh()
+    assert set(casebook.scores(version)) == {"b", "c"}
+    assert serve(app).delete("/datastore/image?id=b").status_code == 200
+    assert serve(app).delete("/datastore/image?id=b").status_code == 404
+    assert set(casebook.scores(version)) == {"c"}
 
 
 def test_labelled_cases_are_compared_with_what_the_version_sees(app: MSHubApp, spare: SpareTime) -> None:

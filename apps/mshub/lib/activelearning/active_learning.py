@@ -127,6 +127,13 @@ class ActiveLearning:
         except (MSHubError, OSError) as error:  # the label is stored, and that is what counts
             logger.error("how the label of %s agrees with its pre-label is not kept: %s", image, error)
 
+    def forget(self, image: str) -> None:
+        """Forget an image that was removed: another one may come under its name."""
+        try:
+            self.casebook.forget(image)
+        except MSHubError as error:  # the image is gone, and that is what counts
+            logger.error("what was measured of %s is not forgotten: %s", image, error)
+
     # -- the next case ------------------------------------------------------------------------------------------
 
     def next(self, strategy: str, request: dict[str, Any], datastore: Datastore) -> dict[str, Any]:

@@ -93,6 +93,12 @@ class Casebook:
         """Keep how a final label of an image agrees with what a version sees, which may have learned from it."""
         self.index.keep_label_dice(image, version.model_id, version.version, agreement.dice, label_state=label_state)
 
+    def forget(self, image: str) -> None:
+        """Forget all that is known of an image."""
+        self.index.forget_image(image)
+        with self._lock:
+            self._recent.clear()
+
     # -- what is known ------------------------------------------------------------------------------------------
 
     def scores(self, version: ModelVersion) -> dict[str, Uncertainty]:

@@ -100,6 +100,13 @@ def download_label(user: AnyUser, label: str, tag: str) -> Response:
     return SentOnce(path, media_type=get_mime_type(name), filename=name)
 
 
+def remove_image(user: Admin, id: str) -> Any:
+    """Remove an image with its labels, and what is known of it; 404 if there is none."""
+    answer = datastore.remove_image(id, user.username)
+    app_instance().active_learning.forget(id)
+    return answer
+
+
 def remove_label(user: Admin, id: str, tag: str) -> Any:
     """Remove a label; 404 if there is none."""
     if tag not in app_instance().datastore().get_labels_by_image_id(id):
@@ -164,6 +171,8 @@ ROUTES = (
     ("GET", "/datastore/image/info", image_info, "Datastore"),
     ("PUT", "/datastore/", add_image, "Datastore"),
     ("PUT", "/datastore/image", add_image, "Datastore"),
+    ("DELETE", "/datastore/", remove_image, "Datastore"),
+    ("DELETE", "/datastore/image", remove_image, "Datastore"),
     ("PUT", "/datastore/image/info", note_image_info, "Datastore"),
     ("GET", "/datastore/label", download_label, "Datastore"),
     ("PUT", "/datastore/label", save_label, "Datastore"),
