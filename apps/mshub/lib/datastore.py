@@ -169,7 +169,7 @@ class StudiesFolder(LabelFolder):
         """
         image = Path(self.get_image_uri(image_id))
         check_name("label tag", label_tag)
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(prefix="mshub-label-") as folder:
             prelabel = self.copy_label(image_id, DefaultLabelTag.ORIGINAL.value, Path(folder))
             facts = self._checked(image_id, Path(label_filename), label_tag, label_info, image, *prelabel)
         return self._store_label(image_id, Path(label_filename), label_tag, {**label_info, **facts})

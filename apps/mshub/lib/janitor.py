@@ -23,7 +23,7 @@ ABANDONED_S = 24 * 3600.0
 UNFINISHED_S = 3600.0
 """Files that are renamed once they are whole, and that nobody wrote to for so long, never will be."""
 SERVER = "mshub-server-"
-TEMPORARY = re.compile(r"mshub-(server|results|export|reading|upload)-\w{8}(\.[a-z.]+)?")
+TEMPORARY = re.compile(r"mshub-(server|results|export|reading|upload|label)-\w{8}(\.[a-z.]+)?")
 """What MSHub calls its temporary files and folders: a folder of somebody's own may begin with mshub as well."""
 ANYTHING = re.compile(".*")
 

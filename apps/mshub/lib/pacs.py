@@ -485,7 +485,7 @@ class PacsStudies(StudiesFolder):
         if array.shape != stack.slices_shape:
             yield label
             return
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(prefix="mshub-label-") as folder:
             path = Path(folder) / "label.nii.gz"
             write_nifti(path, stack.from_slices(array), stack.grid)
             yield path

@@ -153,7 +153,7 @@ class LabelReceiver:
                 "left_out": sorted(set(labels.names) - set(names)),
             },
         }
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(prefix="mshub-label-") as folder:
             path = Path(folder) / "label.nii.gz"
             write_nifti(path, stack.from_slices(array), stack.grid)
             self._keep(finding.image, path, info, finding.created)

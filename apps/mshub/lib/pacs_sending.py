@@ -83,7 +83,7 @@ class LabelSender:
         """
         with self._storing[image_id]:
             try:
-                with tempfile.TemporaryDirectory() as folder:
+                with tempfile.TemporaryDirectory(prefix="mshub-label-") as folder:
                     return self._send(image_id, Path(folder))
             except OSError as error:  # the label is stored, and that is what counts
                 logger.error("%s: what became of the label at the PACS is not noted: %s", image_id, error)

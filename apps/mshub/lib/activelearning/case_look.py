@@ -83,7 +83,7 @@ class CaseLook:
         case = datastore.reviewed_case(image, version.channels)
         if case is None:
             raise CaseError(f"The final label of {image} cannot be read; the log says why.")
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(prefix="mshub-label-") as folder:
             path, _ = datastore.copy_label(image, FINAL, Path(folder))
             if path is None or label_state(datastore, image) != label:
                 return
