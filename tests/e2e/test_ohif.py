@@ -385,6 +385,33 @@ def test_after_ten_reviewed_cases_the_expected_dice_and_a_hint_are_shown(clinic:
     assert bool(browser.control("audit").count()) == offer["audit"]
 
 
+def test_while_nobody_knows_which_cases_are_new_the_panel_tells_how_many_there_are(clinic: Clinic) -> None:
+    """The server reads many new cases for minutes, and leaves ``new_cases`` out meanwhile."""
+
+    def leave_out(route: Any) -> None:
+        answer = route.fetch()
+        info = answer.json()
+        for trainer in info["trainers"].values():
+            del trainer["mshub"]["new_cases"]
+        route.fulfill(response=answer, json=info)
+
+    maker = SeriesMaker("one of many", seed=94)
+    clinic.store(maker)
+    assert clinic.submit(maker.uid, clinic.infer(maker.uid, save_label=True).content).status_code == 200
+    browser, page = clinic.browser, clinic.browser.page
+    page.route("**/info/", leave_out)
+    try:
+        browser.open_mode(maker.study_uid)
+        browser.control("model-tiny").check()
+        reviewed = clinic.get("/info/").json()["trainers"]["tiny"]["mshub"]["reviewed_cases"]
+        assert browser.text("cases") == f"{reviewed} reviewed cases"
+        assert browser.control("train").get_attribute("aria-disabled") is None
+        browser.control("cases").scroll_into_view_if_needed()
+        browser.screenshot("22-new-cases-unknown")
+    finally:
+        page.unroute("**/info/")
+
+
 def test_the_ways_to_choose_have_names_and_a_case_that_is_not_there_is_explained(clinic: Clinic) -> None:
     maker, other = SeriesMaker("no-next-case", seed=95), SeriesMaker("doubted", seed=96)
     clinic.store(maker)

@@ -613,12 +613,7 @@ export class Workbench extends EventTarget {
       return this.model ? 'This model cannot be fine-tuned here.' : 'Choose a model first.';
     }
     const { new_cases: fresh, problem } = trainer.mshub ?? {};
-    if (problem || fresh > 0) {
-      return problem ?? null;
-    }
-    return fresh === 0
-      ? 'No reviewed case is new to this model: submit a label first.'
-      : 'The reviewed cases are being read, to know which are new.';
+    return problem ?? (fresh === 0 ? 'No reviewed case is new to this model: submit a label first.' : null);
   }
 
   async train() {
