@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from live import LiveServer, Site
 from mshub.install import add_model
 from mshub.selection import STRATEGIES
 from mshub.store import ModelStore
+from waiting import eventually
 
 BALANCED = {"profile": "balanced"}
 SHAPE = (20, 17, 12)
@@ -51,12 +52,7 @@ def client_of(site: Site, name: str, folder: Path) -> MONAILabelClient:
     return MONAILabelClient(site.server.url, tmpdir=str(folder), client_id=name)
 
 
-def until(true: Callable[[], Any], seconds: float = 120) -> Any:
-    end = time.monotonic() + seconds
-    while not (found := true()):
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.2)
-    return found
+until = partial(eventually, seconds=120, every_s=0.2)
 
 
 def test_two_clients_asking_at_once_200_times_each_never_get_the_same_case(ward: Site, tmp_path: Path) -> None:

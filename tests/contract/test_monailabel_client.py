@@ -16,6 +16,7 @@ from factories import make_image, make_model_folder
 from live import Site
 from mshub.install import add_model
 from mshub.store import ModelStore
+from waiting import eventually
 
 BALANCED = {"profile": "balanced"}
 
@@ -120,9 +121,7 @@ def test_batch_inference_prelabels_the_unlabelled(client: MONAILabelClient, site
         time.sleep(1)
         status = httpx.get(f"{site.server.url}/batch/infer").json()
     assert status["status"] == "DONE", status
-    until = time.monotonic() + 60
-    while _prelabelled(client) == before and time.monotonic() < until:
-        time.sleep(0.2)  # the server sees what another process wrote through its folder watcher
+    eventually(lambda: _prelabelled(client) != before, 60)  # through the server's watch over the folder
     assert len(_prelabelled(client) - before) == 1
 
 

@@ -7,7 +7,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from mshub.bundled import app_folder
 from mshub.install import add_model
 from mshub.jobs import Job, Jobs
 from mshub.store import ModelStore
+from waiting import eventually
 
 FAKE_WORKER = Path(__file__).parent / "fake_worker"
 STOCK = [sys.executable, "-m", "monailabel.main", "start_server", "--app", str(app_folder())]
@@ -78,13 +80,7 @@ def submit(client: MONAILabelClient, image: str, folder: Path, voxels: int) -> N
     client.save_label(image, str(path), params={"label_info": [{"name": "liver", "idx": 1}]})
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 120) -> Any:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if found := condition():
-            return found
-        time.sleep(0.2)
-    raise AssertionError("it did not happen in time")
+wait_for = partial(eventually, seconds=120, every_s=0.2)
 
 
 def first_stats(client: MONAILabelClient) -> dict[str, Any]:

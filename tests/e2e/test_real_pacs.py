@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import pydicom
 import pytest
 
+import waiting
 from dicom_series_factory import AXES, SeriesMaker, jpeg_2000, oblique, run_length
 from factories import make_model_folder
 from hospital import NAMES, PIXELS, Hospital, predicted, voxels
@@ -57,12 +59,7 @@ def test_every_orientation_is_predicted_pixel_by_pixel(hospital: Hospital, name:
     assert len(np.unique(found)) == 3
 
 
-def eventually(is_so: Callable[[], bool], seconds: float = 60) -> bool:
-    """Ask until it is so: a list that took long is kept for longer."""
-    until = time.monotonic() + seconds
-    while not (found := is_so()) and time.monotonic() < until:
-        time.sleep(1)
-    return found
+eventually = partial(waiting.eventually, seconds=60, every_s=1)
 
 
 def test_a_new_study_is_there_at_once_and_nothing_was_downloaded_before(hospital: Hospital) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import psutil
 import pytest
 
+import waiting
 from factories import make_image, make_model_folder
 from live import LiveServer
 from mshub.install import add_model
@@ -69,12 +71,7 @@ def ward(tmp_path: Path) -> Iterator[Ward]:
     ward.server.stop()
 
 
-def eventually(condition: Callable[[], Any], seconds: float = 120) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.1)
-    return found
+eventually = partial(waiting.eventually, seconds=120, every_s=0.1)
 
 
 def is_gone(process: psutil.Process) -> bool:
@@ -105,7 +102,7 @@ def test_a_training_ends_with_its_server_and_goes_on_with_the_next_one(ward: War
         eventually(lambda: list(ward.job().path.rglob("fold_*.pt")))  # every half minute
         process = psutil.Process(ward.job().progress()["pid"])
         ward.end(how)
-        eventually(lambda one=process: is_gone(one), 30)
+        eventually(lambda one=process: is_gone(one), seconds=30)
         progress = ward.job().progress()
         assert (progress["state"], progress["attempts"]) == ("interrupted", 0)
         epoch = progress["epoch"]
@@ -130,7 +127,7 @@ def test_a_server_that_is_there_again_before_its_training_has_ended_takes_it_up(
     assert ward.client().train_status(check_if_running=True) is True
     worker.resume()
     eventually(lambda: ward.job().progress()["state"] == "running" and ward.job().progress()["pid"] != worker.pid)
-    eventually(lambda: is_gone(worker), 30)
+    eventually(lambda: is_gone(worker), seconds=30)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
@@ -147,4 +144,4 @@ def test_a_batch_of_monai_labels_ends_with_its_server(ward: Ward, how: signal.Si
     eventually(lambda: list(ward.studies.glob("labels/original/*.nii.gz")))
     assert not is_gone(child)
     ward.end(how)
-    eventually(lambda: is_gone(child), 5)
+    eventually(lambda: is_gone(child), seconds=5)

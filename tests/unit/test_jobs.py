@@ -24,6 +24,7 @@ from mshub.cases import ReviewedCase
 from mshub.errors import LabelsChanged, TrainingError
 from mshub.jobs import MAX_ATTEMPTS, Job, JobRequest, Jobs
 from mshub.recipe import FROM_SCRATCH, Recipe
+from waiting import eventually
 
 FAKE_WORKER = """
 import json, os, signal, subprocess, sys, time
@@ -74,15 +75,6 @@ def make_case(folder: Path, name: str, label: str = "label.nii.gz") -> ReviewedC
 
 def ask(*cases: ReviewedCase, model: str = "tiny", **facts: Any) -> JobRequest:
     return JobRequest(model, "v1", cases, Recipe(), **facts)
-
-
-def eventually(condition: Callable[[], Any], seconds: float = 30) -> Any:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if found := condition():
-            return found
-        time.sleep(0.02)
-    raise AssertionError("it did not happen in time")
 
 
 def died(job: Job) -> Job:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import psutil
 import pytest
 from filelock import Timeout
 
+import waiting
 from mshub import worker
 from mshub.cases import ReviewedCase
 from mshub.errors import TrainingError
@@ -65,11 +67,7 @@ def told(job: Job) -> dict[str, Any]:
     return progress
 
 
-def eventually(condition: Callable[[], Any], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
+eventually = partial(waiting.eventually, seconds=60, every_s=0.02)
 
 
 @contextmanager

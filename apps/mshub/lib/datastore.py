@@ -192,14 +192,14 @@ class StudiesFolder(LabelFolder):
                 reason = str(error).replace(label.name, "The label").rstrip(".")
                 kept = self._refused.keep(label, image_id, label_tag, label_info, f"{reason}.")
                 raise type(error)(f"{reason}. The submitted file is kept on the server as {kept}.") from error
-        audit.note(started_from=_origin(started_from))
+        audit.note(started_from=origin_of(started_from))
         predicted = started_from.get("params", {}).get("voxel_counts", {})
         reviewed = list(correction.reviewed([name for name, voxels in predicted.items() if voxels]))
         return {
             "reviewed": reviewed,
             "voxels": correction.voxels,
             "volumes_ml": _volumes_ml(correction, reviewed),
-            "started_from": _origin(started_from),
+            "started_from": origin_of(started_from),
             "submitted": utc_now(),
             "hints": self._hints(image_id, correction, reviewed),
             **_beside_prelabel(correction, reviewed, prelabel, started_from.get("params", {}).get("label_names", {})),
@@ -479,7 +479,7 @@ def _volumes_ml(correction: Correction, structures: Sequence[str]) -> dict[str, 
     return {name: round(correction.voxels[name] * voxel_ml, 4) for name in structures}
 
 
-def _origin(prelabel: dict[str, Any]) -> dict[str, Any] | None:
+def origin_of(prelabel: dict[str, Any]) -> dict[str, Any] | None:
     """Return model and version of the pre-label a correction started from; None without one."""
     params = prelabel.get("params", {})
     return {"model": params["model"], "version": params["model_version"]} if "model_version" in params else None

@@ -85,7 +85,7 @@ class Digests:
             return False
         if self._trouble is not None:
             raise self._trouble
-        return not self._missing(cases)
+        return True
 
     def _help(self, cases: list[ReviewedCase]) -> None:
         try:

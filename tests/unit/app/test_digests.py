@@ -16,6 +16,7 @@ from mshub import cases as cases_module
 from mshub.cases import ReviewedCase
 from mshub.checksums import file_sha256
 from mshub.errors import StoreError
+from waiting import eventually
 
 
 @pytest.fixture
@@ -56,13 +57,6 @@ def anew(cases: list[ReviewedCase]) -> list[ReviewedCase]:
     return [ReviewedCase.from_dict(case.as_dict()) for case in cases]
 
 
-def until(is_so: Callable[[], bool]) -> None:
-    end = time.monotonic() + 30
-    while not is_so():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 def test_a_case_is_read_once_also_after_a_restart(cases: list[ReviewedCase], read: list[str], tmp_path: Path) -> None:
     Digests(tmp_path / "digests.json").prepare(cases)
     assert len(read) == 6
@@ -87,7 +81,7 @@ def test_who_only_asks_does_not_wait_for_long_and_nobody_waits_for_others(
     assert threading.active_count() >= 2
     assert [thread.name for thread in threading.enumerate()].count("digests") == 1
     slow.set()
-    until(lambda: digests.prepare_soon(anew(cases)))
+    eventually(lambda: digests.prepare_soon(anew(cases)))
 
 
 def test_a_file_nobody_can_read_is_told(
@@ -116,4 +110,4 @@ def test_info_says_how_many_cases_are_new_once_it_is_known(
     monkeypatch.setattr(trainer, "_last_trained", lambda: clinic.store.current("tiny"))
     assert clinic.info()["trainers"]["tiny"]["mshub"] == {"reviewed_cases": 1}
     slow.set()
-    until(lambda: clinic.info()["trainers"]["tiny"]["mshub"] == {"reviewed_cases": 1, "new_cases": 1})
+    eventually(lambda: clinic.info()["trainers"]["tiny"]["mshub"] == {"reviewed_cases": 1, "new_cases": 1})

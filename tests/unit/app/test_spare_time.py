@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from mshub.nnunet.engine import Engine
 from mshub.store import ModelStore, ModelVersion
 from mshub.uncertainty import Uncertainty
 from mshub.volume_io import read_volume, write_volume
+from waiting import eventually
 
 pytestmark = pytest.mark.usefixtures("monailabel_here")
 
@@ -76,11 +78,7 @@ def running(app: MSHubApp) -> Iterator[SpareTime]:
     spare.join(30)
 
 
-def until(true: Callable[[], bool], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.02)
+until = partial(eventually, seconds=60, every_s=0.02)
 
 
 def known(app: MSHubApp) -> set[str]:

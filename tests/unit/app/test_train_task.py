@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +32,7 @@ from mshub.install import add_model
 from mshub.jobs import Job, JobRequest, Jobs
 from mshub.recipe import Recipe
 from mshub.store import ModelStore
+from waiting import eventually
 
 pytestmark = pytest.mark.usefixtures("fake_worker")
 
@@ -64,13 +66,7 @@ def refused(call: Callable[..., Any], *arguments: Any) -> tuple[int, str]:
     return caught.value.status_code, str(caught.value.detail)
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 30) -> Any:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if found := condition():
-            return found
-        time.sleep(0.05)
-    raise AssertionError("it did not happen in time")
+wait_for = partial(eventually, seconds=30, every_s=0.05)
 
 
 # -- what clients see -------------------------------------------------------------------------------------------------

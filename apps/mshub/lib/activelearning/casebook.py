@@ -12,7 +12,7 @@ from cachetools import TTLCache
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 
 from lib.conf import Config
-from lib.datastore import StudiesFolder
+from lib.datastore import StudiesFolder, origin_of
 from lib.reviews import case_id_of
 from mshub.agreement import Agreement
 from mshub.calibration import Calibration
@@ -83,10 +83,11 @@ class Casebook:
         if found is None:
             return
         agreement, started_from = found
-        prelabel = datastore.get_label_info(image, ORIGINAL).get("params", {})
+        prelabel = datastore.get_label_info(image, ORIGINAL)
+        is_its = origin_of(prelabel) == started_from  # another may be there now
+        comparable = is_its and self._is_comparable(prelabel["params"])
+        score = prelabel["params"]["uncertainty"]["agreement"] if comparable else None
         model, version = started_from["model"], started_from["version"]
-        is_its = (prelabel.get("model"), prelabel.get("model_version")) == (model, version)  # another may be there now
-        score = prelabel["uncertainty"]["agreement"] if is_its and self._is_comparable(prelabel) else None
         self.index.keep_agreement(image, model, version, agreement.dice, agreement.edited_voxels, score=score)
 
     def note_look(self, image: str, version: ModelVersion, agreement: Agreement, label_state: str) -> None:

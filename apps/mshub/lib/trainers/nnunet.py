@@ -63,8 +63,10 @@ class NNUNetTrainTask(TrainTask):  # type: ignore[misc]
             return info
         fitting = self.fitting(cases)
         numbers = {"reviewed_cases": len(fitting)}
-        if self._last_trained() is None or self._digests.prepare_soon(fitting):
-            numbers["new_cases"] = len(self.new(fitting))
+        if self._last_trained() is None:
+            numbers["new_cases"] = len(fitting)
+        elif self._digests.prepare_soon(fitting):
+            numbers["new_cases"] = len(new_cases(self._store, self.model_id, fitting))
         return {**info, "mshub": numbers}
 
     def config(self) -> dict[str, Any]:
